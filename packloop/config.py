@@ -1,0 +1,324 @@
+"""Every setting: its name, type, unit, default and the checks between settings.
+
+`load_config` reads one YAML file and `section.key=value` overrides into a `RunConfig`. Whatever is wrong with them is a
+`ConfigError` of one line a fault, raised before a model or a data set is touched. Field names are Hugging Face's where
+Hugging Face has one; inside `lora` they are PEFT's without the prefix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from packloop.errors import ConfigError, InputError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, types are not coerced, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The frozen base model and how it is held in memory."""
+
+    name_or_path: str = Field(
+        "NousResearch/Llama-2-7b-hf", description="Hub name, local directory, or `bundled` for the tiny Llama shipped here."
+    )
+    revision: str | None = Field(None, description="Hub commit, tag or branch.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Compute dtype of the base; norms, embedding and head are held in it too."
+    )
+    quantization: Literal["nf4", "none"] = Field("nf4", description="`nf4`: 4-bit base weights; `none`: weights in dtype.")
+    double_quant: bool = Field(True, description="Quantise NF4's block scales as well (0.37 bit a weight less).")
+    trust_remote_code: bool = Field(False, description="Let a Hub repository run its own Python. Leave it off.")
+
+
+class LoraConfig(Section):
+    """The adapter. PEFT's names without the `lora_` prefix."""
+
+    enabled: bool = Field(True, description="false trains every parameter of an unquantised float32 model.")
+    r: Positive = Field(64, description="Rank.")
+    alpha: Annotated[float, Field(gt=0)] = Field(16, description="The update is scaled by alpha / r.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.1, description="Dropout on the adapter's input.")
+    bias: Literal["none"] = Field("none", description="Llama's linear layers have no bias to train.")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        ["q_proj", "v_proj"], description="Names of linear layers, or `all-linear`."
+    )
+
+
+class CustomTemplate(Section):
+    """A prompt of one's own: `{field}` stands for a column of the row (after `data.columns`)."""
+
+    prompt: str = Field(description="Text that the model is given, for example 'Q: {question}\\nA: '.")
+    response: str = Field(description="Text that the model is to write, for example '{answer}'.")
+
+
+TemplateName = Literal["instruction_from_response", "alpaca", "dolly"]
+
+
+class DataConfig(Section):
+    """Rows, the prompt made of them, and how token sequences are packed."""
+
+    source: str = Field(
+        "databricks/databricks-dolly-15k",
+        description="Hub name, a .json, .jsonl, .csv or .parquet file, or `bundled`.",
+    )
+    revision: str | None = Field(None, description="Hub commit, tag or branch of the data set.")
+    split: str = Field("train", description="Split of a Hub or bundled data set.")
+    eval_split: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)] | str = Field(
+        0, description="Held-out rows: a count, a fraction of the rows, or the name of a split; 0 for none."
+    )
+    template: TemplateName | CustomTemplate = Field("instruction_from_response", description="How a row becomes text.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Template field -> column of the source, for example {response: body}."
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(2048, description="Tokens a pack (and the longest document).")
+    packing: Literal["wrapped", "bfd", "none"] = Field(
+        "wrapped",
+        description="wrapped: concatenate and cut; bfd: whole documents, best fit, isolated; none: one document a row.",
+    )
+    loss_on: Literal["all", "response"] = Field("all", description="Which tokens are trained on.")
+    shuffle: bool = Field(True, description="A new order every epoch, from train.seed and the epoch.")
+    on_long_row: Literal["truncate", "split", "drop", "error"] = Field(
+        "truncate", description="A document longer than max_length under bfd or none; wrapped never meets one."
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="A row that cannot be read or lacks a field.")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    output_dir: str = "runs/llama2-7b-dolly"
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3
+    max_steps: Positive | None = Field(None, description="Optimizer steps; where given, num_train_epochs is not used.")
+    per_device_train_batch_size: Positive = Field(6, description="Packs a micro-batch.")
+    gradient_accumulation_steps: Positive = Field(2, description="Micro-batches an optimizer step and process.")
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    warmup_ratio: Fraction = Field(0.03, description="Share of the steps in which the rate rises from 0.")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(0.3, description="Gradients are scaled down to this L2 norm.")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    optim: Literal["paged_adamw_32bit", "adamw_32bit"] = Field(
+        "paged_adamw_32bit", description="Paged state moves to host memory when the GPU's is short (CUDA only)."
+    )
+    gradient_checkpointing: Literal["all", "none"] | Annotated[int, Field(ge=0)] = Field(
+        "all", description="How many layers recompute their activations in the backward pass."
+    )
+    tf32: bool = Field(True, description="TensorFloat-32 for float32 matrix products on Ampere and newer.")
+    seed: Annotated[int, Field(ge=0)] = 0
+    deterministic: bool = Field(False, description="Bit-identical runs, at some cost in speed.")
+    eval_every: Literal["epoch"] | Positive = Field("epoch", description="Steps between evaluations of held-out rows.")
+
+
+class KernelsConfig(Section):
+    """What replaces the stock Llama's operations."""
+
+    attention: Literal["auto", "eager", "sdpa", "cudnn"] = Field(
+        "auto", description="cudnn is plain causal attention only: it cannot keep packed documents apart."
+    )
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many are kept."""
+
+    every: Literal["epoch", "never"] | Positive = Field("epoch", description="Steps between checkpoints, or `epoch`.")
+    keep: Positive = Field(2, description="Newest verified checkpoints kept.")
+
+
+class LogConfig(Section):
+    """What is reported, apart from metrics.jsonl, which is always written."""
+
+    every: Positive = Field(10, description="Steps between console lines.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+
+
+# Attention backends that see one causal sequence a row and no document boundaries in it.
+PLAIN_CAUSAL_ATTENTION = frozenset({"cudnn"})
+
+
+class RunConfig(Section):
+    """A whole run. One YAML file holds it; `config.resolved.yaml` in the output directory is one."""
+
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> RunConfig:
+        if self.data.packing == "bfd" and self.kernels.attention in PLAIN_CAUSAL_ATTENTION:
+            raise ValueError(
+                f"data.packing=bfd keeps documents apart and kernels.attention={self.kernels.attention} cannot; "
+                "use kernels.attention=auto or data.packing=wrapped"
+            )
+        if not self.lora.enabled and self.model.quantization != "none":
+            raise ValueError(
+                f"lora.enabled=false trains the base, which model.quantization={self.model.quantization} freezes; "
+                "use model.quantization=none or lora.enabled=true"
+            )
+        if not self.lora.enabled and self.model.dtype != "float32":
+            raise ValueError(
+                f"lora.enabled=false keeps trained weights in float32, and model.dtype is {self.model.dtype}; "
+                "use model.dtype=float32"
+            )
+        if self.lora.enabled and self.lora.target_modules == []:
+            raise ValueError("lora.target_modules is empty, so nothing would be trained; name layers or use all-linear")
+        return self
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without tags, repeated keys, or PyYAML's reading of `2e-4` as text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, where an exponent needs a dot and a sign. YAML 1.2's floats are what people write.
+_YAML_FLOAT = r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", __import__("re").compile(_YAML_FLOAT), list("-+0123456789.")
+)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in the YAML file at `path`, changed by `section.key=value` overrides.
+
+    With `path` None the defaults are the start. Raises `InputError` for a file that cannot be read and `ConfigError`
+    for what is in it, one line a fault.
+    """
+    values: Any = {}
+    if path is not None:
+        path = Path(path)
+        if path.suffix not in (".yaml", ".yml"):
+            raise InputError(f"configuration {str(path)!r}: a .yaml file is needed; `packloop schema` lists the settings")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise InputError(f"configuration {str(path)!r} does not exist; recipes/ holds examples") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"configuration {str(path)!r} cannot be read: {error}") from None
+        values = _parse_yaml(text, str(path))
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: sections are needed ({', '.join(RunConfig.model_fields)}), given {values!r}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict) -> RunConfig:
+    """A `RunConfig` from nested dictionaries; `ConfigError` names each key at fault and the nearest valid one."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_describe(fault) for fault in error.errors()))) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changed_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value) for every setting in which the two differ."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return {
+        f"{section}.{key}": (before[section][key], after[section][key])
+        for section in before
+        for key in before[section]
+        if before[section][key] != after[section][key]
+    }
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: constructs no Python objects
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2:
+        raise ConfigError(f"override {override!r}: section.key=value is needed, for example train.max_steps=20")
+    target = values
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"override {override!r}: {part} is a setting, not a section")
+    target[parts[-1]] = _parse_yaml(text, f"override {override!r}")
+
+
+def _section_fields(location: Sequence[str | int]) -> list[str]:
+    """Names allowed where the last part of `location` was given."""
+    if len(location) == 1:
+        return list(RunConfig.model_fields)
+    section = RunConfig.model_fields.get(str(location[0]))
+    return list(section.annotation.model_fields) if section else []
+
+
+def _describe(fault: dict) -> str:
+    location = [str(part) for part in fault["loc"]]
+    # Inside a union pydantic appends the branch it tried; the setting's own key is what the user wrote.
+    key = ".".join(location[:2])
+    if fault["type"] == "extra_forbidden":
+        allowed = _section_fields(location[:2])
+        near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
+        known = [f"{section}.{location[-1]}" for section in RunConfig.model_fields if location[-1] in _fields_of(section)]
+        hint = f"nearest: {'.'.join([*location[:-1], near[0]])}" if near else f"allowed: {', '.join(allowed)}"
+        hint = f"it belongs at {known[0]}" if known else hint
+        return f"{'.'.join(location)}={fault['input']!r}: no such setting; {hint}"
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    return f"{key}={fault['input']!r}: {_allowed(location, fault)}"
+
+
+def _fields_of(section: str) -> dict:
+    return RunConfig.model_fields[section].annotation.model_fields
+
+
+def _allowed(location: list[str], fault: dict) -> str:
+    field = _fields_of(location[0]).get(location[1]) if len(location) > 1 and location[0] in RunConfig.model_fields else None
+    if field is None:
+        return fault["msg"]
+    choices = _literal_choices(field.annotation)
+    if not choices:
+        return fault["msg"][0].lower() + fault["msg"][1:]
+    near = difflib.get_close_matches(str(fault["input"]), choices, n=1, cutoff=0.4)
+    return f"allowed: {', '.join(choices)}" + ("".join(f"; nearest: {name}" for name in near))
+
+
+def _literal_choices(annotation: Any) -> list[str]:
+    """Every value a setting may take, where some are words: literals as they are, other types by name."""
+    if getattr(annotation, "__origin__", None) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    parts = [_literal_choices(part) for part in get_args(annotation) if part is not type(None)]
+    words = [word for part in parts for word in part]
+    if words and int in _flatten(annotation):
+        words.append("a whole number")
+    return words
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    return [annotation] + [inner for part in get_args(annotation) for inner in _flatten(part)]
