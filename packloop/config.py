@@ -31,13 +31,16 @@ class ModelConfig(Section):
     """The frozen base model and how it is held in memory."""
 
     name_or_path: str = Field(
-        "NousResearch/Llama-2-7b-hf", description="Hub name, local directory, or `bundled` for the tiny Llama shipped here."
+        "NousResearch/Llama-2-7b-hf",
+        description="Hub name, local directory, or `bundled` for the tiny Llama shipped here.",
     )
     revision: str | None = Field(None, description="Hub commit, tag or branch.")
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Compute dtype of the base; norms, embedding and head are held in it too."
     )
-    quantization: Literal["nf4", "none"] = Field("nf4", description="`nf4`: 4-bit base weights; `none`: weights in dtype.")
+    quantization: Literal["nf4", "none"] = Field(
+        "nf4", description="`nf4`: 4-bit base weights; `none`: weights in dtype."
+    )
     double_quant: bool = Field(True, description="Quantise NF4's block scales as well (0.37 bit a weight less).")
     trust_remote_code: bool = Field(False, description="Let a Hub repository run its own Python. Leave it off.")
 
@@ -209,7 +212,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     if path is not None:
         path = Path(path)
         if path.suffix not in (".yaml", ".yml"):
-            raise InputError(f"configuration {str(path)!r}: a .yaml file is needed; `packloop schema` lists the settings")
+            raise InputError(
+                f"configuration {str(path)!r}: a .yaml file is needed; `packloop schema` lists the settings"
+            )
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -285,7 +290,9 @@ def _describe(fault: dict) -> str:
     if fault["type"] == "extra_forbidden":
         allowed = _section_fields(location[:2])
         near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
-        known = [f"{section}.{location[-1]}" for section in RunConfig.model_fields if location[-1] in _fields_of(section)]
+        known = [
+            f"{section}.{location[-1]}" for section in RunConfig.model_fields if location[-1] in _fields_of(section)
+        ]
         hint = f"nearest: {'.'.join([*location[:-1], near[0]])}" if near else f"allowed: {', '.join(allowed)}"
         hint = f"it belongs at {known[0]}" if known else hint
         return f"{'.'.join(location)}={fault['input']!r}: no such setting; {hint}"
@@ -299,7 +306,11 @@ def _fields_of(section: str) -> dict:
 
 
 def _allowed(location: list[str], fault: dict) -> str:
-    field = _fields_of(location[0]).get(location[1]) if len(location) > 1 and location[0] in RunConfig.model_fields else None
+    field = (
+        _fields_of(location[0]).get(location[1])
+        if len(location) > 1 and location[0] in RunConfig.model_fields
+        else None
+    )
     if field is None:
         return fault["msg"]
     choices = _literal_choices(field.annotation)

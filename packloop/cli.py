@@ -1,0 +1,204 @@
+"""The command line: arguments -> RunConfig -> one call. Each verb imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from packloop.errors import InputError
+
+app = typer.Typer(
+    name="packloop",
+    help="Fine-tune Llama models with QLoRA: a hand-written loop, packer and kernels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="Look at the data before training on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, for example recipes/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Output directory of a run, or one of its checkpoints.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
+    _options.debug = debug
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("packloop").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="latest|PATH", help="Continue from a checkpoint, exactly where it stopped.")
+    ] = None,
+) -> None:
+    """Train as CONFIG says and write its output directory."""
+    run_config = _load(config, overrides)
+    from packloop.engine.loop import train as run
+
+    result = run(run_config, resume=resume)
+    if result.stopped_by is not None:
+        typer.echo(f"stopped at step {result.state.step}; continue with: packloop train {config} --resume latest")
+        raise typer.Exit(128 + result.stopped_by)
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"finished: {result.state.step} steps, {result.state.real_tokens:,} tokens, in {result.run_dir}")
+
+
+@app.command()
+def validate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check CONFIG without loading anything and print it with every default filled in."""
+    from packloop.config import dump_config
+
+    typer.echo(dump_config(_load(config, overrides)), nl=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration."""
+    from packloop.config import RunConfig
+
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+@data_app.command()
+def stats(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Rows, token lengths, packs, fill, and what was truncated or dropped and why."""
+    from rich.console import Console
+
+    from packloop.data.report import render_stats
+
+    run_config, data, tokenizer = _load_data(config, overrides)
+    Console().print(render_stats(data, run_config.data, seed=run_config.train.seed))
+
+
+@data_app.command()
+def preview(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    pack: Annotated[int, typer.Option(min=0, help="Which pack of the first epoch.")] = 0,
+) -> None:
+    """One packed row: its documents, and which tokens are trained on."""
+    from rich.console import Console
+
+    from packloop.data.report import render_preview
+
+    run_config, data, tokenizer = _load_data(config, overrides)
+    Console().print(render_preview(data, run_config.data, tokenizer, seed=run_config.train.seed, pack=pack))
+
+
+@app.command()
+def generate(
+    run: RunDir,
+    text: Annotated[str | None, typer.Option(help="One text to write the response for.")] = None,
+    file: Annotated[Path | None, typer.Option(help="json, jsonl, csv or parquet file of texts.")] = None,
+    field: Annotated[str | None, typer.Option(help="Column of --file; default: the template's own.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="This many held-out rows of the run's data.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write {instruction, response} rows to this .jsonl file.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time, no sampling.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 0.9,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.9,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write responses with the model of RUN, for a text, a file of texts or held-out rows."""
+    from packloop.engine.generate import generate_command
+
+    generate_command(
+        run,
+        text=text,
+        file=file,
+        field=field,
+        sample=sample,
+        output=output,
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+@app.command()
+def merge(
+    run: RunDir,
+    output: Annotated[Path, typer.Option(help="Directory for the merged model; must not exist or be empty.")],
+    base: Annotated[
+        Literal["original", "dequantized"],
+        typer.Option(help="Weights to merge into: as published, or as training saw them through NF4."),
+    ] = "original",
+) -> None:
+    """Merge the adapter of RUN into its base, in fp32, cast once."""
+    from packloop.engine.merge import merge as run_merge
+
+    run_merge(run, output, base=base)
+    typer.echo(f"merged model in {output}")
+
+
+@app.command()
+def push(
+    run: RunDir,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, for example you/llama2-7b-dolly.")],
+    merged: Annotated[Path | None, typer.Option(help="Push this merged model instead of the adapter.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before uploading.")] = False,
+) -> None:
+    """Upload the adapter of RUN, or a merged model, to the Hugging Face Hub."""
+    from packloop.engine.publish import push as run_push
+
+    run_push(run, repo, merged=merged, private=private, yes=yes)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, what will be used and why, and what to install for better."""
+    from rich.console import Console
+
+    from packloop.engine.doctor import doctor_report
+
+    Console().print(doctor_report())
+
+
+def main() -> None:
+    """Entry point. One line an error, exit code 1, 2 (configuration) or 3 (memory); a traceback only with --debug."""
+    _options.debug = False
+    try:
+        app()
+    except InputError as error:
+        if _options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _load(config: Path, overrides: list[str] | None):
+    from packloop.config import load_config
+
+    return load_config(config, overrides or ())
+
+
+def _load_data(config: Path, overrides: list[str] | None):
+    run_config = _load(config, overrides)
+    from packloop.data.loader import build_data
+    from packloop.engine.model import load_tokenizer
+
+    tokenizer = load_tokenizer(run_config.model)
+    return run_config, build_data(run_config.data, tokenizer, seed=run_config.train.seed), tokenizer

@@ -1,0 +1,376 @@
+"""The training loop: the sole owner of the order of a step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import nn
+
+from packloop.config import RunConfig, dump_config
+from packloop.data.loader import Batch, PackLoader, TrainingData, build_data, eval_batches
+from packloop.engine import schedule
+from packloop.engine.batch import to_device
+from packloop.engine.checkpoint import Checkpoint, capture_rng, find_checkpoint, restore_rng, save_checkpoint
+from packloop.engine.environment import describe_environment
+from packloop.engine.evaluate import evaluate
+from packloop.engine.metrics import MetricsFile, StepClock, StepConsole, peak_gib
+from packloop.engine.model import load_model, load_tokenizer
+from packloop.engine.model_card import write_adapter_card
+from packloop.engine.optim import AdamW, FlatParameters
+from packloop.engine.run_dir import (
+    check_output_dir,
+    config_for_resume,
+    load_trained_tensors,
+    write_run_files,
+    write_weights,
+)
+from packloop.engine.state import TrainState
+from packloop.engine.trackers import check_trackers
+from packloop.errors import ConfigError, InputError
+from packloop.kernels.attention import choose_backend
+from packloop.kernels.patch import packed_loss_sum, patched
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(InputError):
+    """A loss or gradient was NaN or infinite; the optimizer did not step."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step over all ranks. loss: nats per label token; grad_norm: L2, before clipping."""
+
+    loss: float
+    grad_norm: float
+    label_tokens: int
+    slot_tokens: int
+    real_tokens: int
+    stop_votes: int
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` leaves: the directory, how far it came, and the signal that ended it early, if one did."""
+
+    run_dir: Path
+    state: TrainState
+    stopped_by: int | None
+
+
+def train_step(
+    llama: nn.Module,
+    flat: FlatParameters,
+    optimizer: AdamW,
+    micros: list[Batch],
+    *,
+    accelerator: Accelerator,
+    learning_rate: float,
+    max_grad_norm: float,
+    stop_requested: bool = False,
+) -> StepReport:
+    """One optimizer step: gradient of the summed loss / labels that count, over all micro-batches and ranks.
+
+    Losses are summed, never averaged, and divided once, by the number of counted labels of the whole step, so the
+    gradient does not depend on how the step's packs are split. Mutates weights, moments and the gradient buffer.
+    Raises NonFiniteError, before the optimizer, with the rows of the micro-batches at fault.
+    """
+    flat.zero_gradient()
+    losses = []
+    for micro in [(batch, to_device(batch, accelerator.device)) for batch in micros]:
+        loss_sum = packed_loss_sum(llama, *micro[1])
+        loss_sum.backward()
+        losses.append(loss_sum.detach())
+    counts = torch.tensor(
+        [
+            sum(batch.num_label_tokens for batch in micros),
+            sum(batch.num_slots for batch in micros),
+            sum(batch.num_real_tokens for batch in micros),
+            int(stop_requested),
+        ],
+        dtype=torch.float64,
+    ).to(accelerator.device, non_blocking=True)
+    totals = torch.cat([torch.stack(losses).double().sum()[None], counts])
+    if accelerator.num_processes > 1:
+        totals = accelerator.reduce(totals, "sum")
+        flat.gradient.copy_(accelerator.reduce(flat.gradient, "sum"))
+    sums = torch.cat([totals, flat.gradient.norm().double()[None]])
+    # The step's one host read: nothing is stepped before its gradient is known to be finite.
+    loss_sum, labels, slots, real, stop_votes, gradient_norm = sums.tolist()
+    grad_norm = gradient_norm / max(labels, 1.0)
+    if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+        raise _non_finite(losses, micros, accelerator)
+    clip = min(1.0, max_grad_norm / (grad_norm + 1e-6))
+    flat.gradient.mul_(clip / max(labels, 1.0))
+    optimizer.step(learning_rate)
+    return StepReport(
+        loss=loss_sum / max(labels, 1.0),
+        grad_norm=grad_norm,
+        label_tokens=int(labels),
+        slot_tokens=int(slots),
+        real_tokens=int(real),
+        stop_votes=int(stop_votes),
+    )
+
+
+def train(
+    config: RunConfig, *, resume: str | None = None, on_step: Callable[[dict], None] | None = None
+) -> TrainResult:
+    """Runs the whole job of `config` and writes its output directory; `resume` is `latest` or a checkpoint's path.
+
+    on_step: called on every rank with each step's metrics. Raises InputError (and ConfigError) with one line for
+    anything the user can mend; checkpoints already written stay valid.
+    """
+    run_dir = Path(config.train.output_dir)
+    check_output_dir(run_dir, resume=resume)
+    check_trackers(config.log.trackers)
+    checkpoint = find_checkpoint(run_dir, resume) if resume else None
+    if checkpoint:
+        config = config_for_resume(config, checkpoint.path)
+    _set_numerics(config)
+    accelerator = Accelerator(mixed_precision="no", log_with=config.log.trackers or None, project_dir=run_dir)
+    config = _resolve_auto(config, accelerator.device)
+
+    tokenizer = load_tokenizer(config.model)
+    data = build_data(config.data, tokenizer, seed=config.train.seed)
+    set_seed(config.train.seed)  # every rank draws the same adapter
+    model = load_model(config.model, config.lora, accelerator.device)
+    flat = FlatParameters(model)
+    optimizer = _make_optimizer(config, flat)
+    loader = _make_loader(config, data, tokenizer.pad_token_id, accelerator)
+    num_steps = config.train.max_steps or math.ceil(config.train.num_train_epochs * loader.steps_per_epoch)
+    set_seed(config.train.seed, device_specific=True)  # every rank draws its own dropout
+    state = _restore(checkpoint, model, optimizer, loader, accelerator) if checkpoint else TrainState()
+
+    if accelerator.is_main_process:
+        write_run_files(run_dir, config, describe_environment(), tokenizer)
+    if config.log.trackers:
+        accelerator.init_trackers("packloop", config={"config": config.model_dump_json()})
+    metrics = MetricsFile(run_dir / "metrics.jsonl", enabled=accelerator.is_main_process, resume_step=state.step)
+    console = StepConsole(
+        num_steps=num_steps, first_step=state.step, every=config.log.every, enabled=accelerator.is_main_process
+    )
+    _announce(console, config, data, loader, num_steps, optimizer)
+    model.train()
+    with _stop_signals() as stop, patched(model, **_patch_options(config, model)) as llama:
+        clock = StepClock()
+        stopped = False
+        while state.step < num_steps and not stopped:
+            learning_rate = _learning_rate(config, state.step, num_steps)
+            report = train_step(
+                llama,
+                flat,
+                optimizer,
+                loader.next_window(),
+                accelerator=accelerator,
+                learning_rate=learning_rate,
+                max_grad_norm=config.train.max_grad_norm,
+                stop_requested=stop.signal is not None,
+            )
+            state.advance(
+                position=loader.state(), slots=report.slot_tokens, real=report.real_tokens, labels=report.label_tokens
+            )
+            values = _step_values(state, report, learning_rate, clock.lap_ms(), accelerator)
+            metrics.write(values)
+            console.step(values, due=_due(config.log.every, state, loader) or state.step == num_steps)
+            accelerator.log(values, step=state.step)
+            if on_step:
+                on_step(values)
+            stopped, last = report.stop_votes > 0, state.step == num_steps
+            if data.eval is not None and (_due(config.train.eval_every, state, loader) or last):
+                _evaluate(model, llama, data, config, tokenizer.pad_token_id, accelerator, state, metrics, console)
+            if _due(config.checkpoint.every, state, loader) or stopped or last:
+                _save(run_dir, config, model, optimizer, state, accelerator)
+            clock.restart()  # evaluation and saving are not part of the next step
+    console.close()
+    metrics.close()
+    if accelerator.is_main_process:
+        write_weights(run_dir, model)
+        write_adapter_card(run_dir, config)
+    accelerator.wait_for_everyone()
+    if config.log.trackers:
+        accelerator.end_training()
+    return TrainResult(run_dir=run_dir, state=state, stopped_by=(stop.signal or signal.SIGTERM) if stopped else None)
+
+
+def _set_numerics(config: RunConfig) -> None:
+    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+    torch.use_deterministic_algorithms(config.train.deterministic)
+
+
+def _resolve_auto(config: RunConfig, device: torch.device) -> RunConfig:
+    """The configuration with every `auto` replaced by what it chose, so that a resumed run makes the same choice."""
+    try:
+        backend, why = choose_backend(config.kernels.attention, device.type)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    logger.info("attention: %s (%s)", backend, why)
+    return config.model_copy(update={"kernels": config.kernels.model_copy(update={"attention": backend})})
+
+
+def _make_optimizer(config: RunConfig, flat: FlatParameters) -> AdamW:
+    return AdamW(
+        flat,
+        name=config.train.optim,
+        betas=(config.train.adam_beta1, config.train.adam_beta2),
+        eps=config.train.adam_epsilon,
+        weight_decay=config.train.weight_decay,
+    )
+
+
+def _make_loader(config: RunConfig, data: TrainingData, pad_token_id: int, accelerator: Accelerator) -> PackLoader:
+    return PackLoader(
+        data.train,
+        packing=config.data.packing,
+        max_length=config.data.max_length,
+        per_device_batch_size=config.train.per_device_train_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        pad_token_id=pad_token_id,
+    )
+
+
+def _patch_options(config: RunConfig, model: nn.Module) -> dict:
+    layers = config.train.gradient_checkpointing
+    num_layers = model.config.num_hidden_layers
+    recompute = {"all": num_layers, "none": 0}.get(layers, layers)
+    return {"attention": config.kernels.attention, "recompute_layers": recompute}
+
+
+def _learning_rate(config: RunConfig, step: int, num_steps: int) -> float:
+    return config.train.learning_rate * schedule.multiplier(
+        config.train.lr_scheduler_type,
+        step,
+        num_steps=num_steps,
+        num_warmup_steps=schedule.num_warmup_steps(config.train.warmup_ratio, num_steps),
+    )
+
+
+def _restore(
+    checkpoint: Checkpoint, model: nn.Module, optimizer: AdamW, loader: PackLoader, accelerator: Accelerator
+) -> TrainState:
+    state = checkpoint.state
+    load_trained_tensors(model, checkpoint.weights)
+    optimizer.load_state_tensors(checkpoint.optimizer, state.step)
+    loader.load_state({"seed": loader.state()["seed"], "epoch": state.epoch, "cursor": state.cursor})
+    restore_rng(checkpoint.rng, accelerator.process_index)  # last: nothing above may draw from it afterwards
+    logger.info("resumed from %s at step %d", checkpoint.path.name, state.step)
+    return state
+
+
+def _save(run_dir, config: RunConfig, model, optimizer: AdamW, state: TrainState, accelerator: Accelerator) -> None:
+    rng = gather_object([capture_rng(accelerator.process_index)])
+    if accelerator.is_main_process:
+        save_checkpoint(
+            run_dir,
+            state=state,
+            write_weights=lambda directory: write_weights(directory, model),
+            optimizer=optimizer.state_tensors(),
+            rng={name: tensor for one in rng for name, tensor in one.items()},
+            config_yaml=dump_config(config),
+            keep=config.checkpoint.keep,
+        )
+    accelerator.wait_for_everyone()
+
+
+def _evaluate(model, llama, data, config, pad_token_id, accelerator, state, metrics, console) -> None:
+    batches = eval_batches(
+        data.eval,
+        packing=config.data.packing,
+        max_length=config.data.max_length,
+        per_device_batch_size=config.train.per_device_train_batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        pad_token_id=pad_token_id,
+    )
+    loss, num_labels = evaluate(model, llama, batches, accelerator)
+    values = {"step": state.step, "eval_loss": loss, "eval_label_tokens": num_labels}
+    metrics.write(values)
+    accelerator.log(values, step=state.step)
+    console.say(f"step {state.step}  eval loss {loss:.4f} on {num_labels:,} label tokens")
+
+
+def _due(every: str | int, state: TrainState, loader: PackLoader) -> bool:
+    if every == "epoch":
+        return state.step % loader.steps_per_epoch == 0
+    return every != "never" and state.step % every == 0
+
+
+def _step_values(
+    state: TrainState, report: StepReport, learning_rate: float, step_ms: float, accelerator: Accelerator
+) -> dict:
+    seconds = step_ms / 1e3
+    return {
+        "step": state.step,
+        "epoch": state.epoch,
+        "loss": report.loss,
+        "learning_rate": learning_rate,
+        "grad_norm": report.grad_norm,
+        "slot_tokens": report.slot_tokens,
+        "real_tokens": report.real_tokens,
+        "label_tokens": report.label_tokens,
+        "slot_tokens_per_s": report.slot_tokens / seconds,
+        "real_tokens_per_s": report.real_tokens / seconds,
+        "label_tokens_per_s": report.label_tokens / seconds,
+        "step_ms": step_ms,
+        "peak_gib": peak_gib(accelerator.device),
+    }
+
+
+def _announce(
+    console: StepConsole, config: RunConfig, data: TrainingData, loader: PackLoader, num_steps: int, optimizer: AdamW
+) -> None:
+    paged = "paged" if optimizer.is_paged else "not paged"
+    console.say(
+        f"{data.train.offsets.size - 1:,} documents in {loader.num_packs:,} packs of {config.data.max_length} "
+        f"({config.data.packing}), {num_steps:,} steps, {optimizer.flat.weight.numel():,} trained parameters, "
+        f"attention {config.kernels.attention}, optimizer state {paged}"
+    )
+
+
+def _non_finite(losses: list[torch.Tensor], micros: list[Batch], accelerator: Accelerator) -> NonFiniteError:
+    finite = torch.stack(losses).isfinite().tolist()
+    rows = [row for ok, batch in zip(finite, micros, strict=True) if not ok for row in batch.row_ids]
+    where = gather_object([(accelerator.process_index, sorted(set(rows)))])
+    named = "; ".join(f"rank {rank}: rows {ids}" for rank, ids in where if ids)
+    return NonFiniteError(
+        f"the loss or its gradient is not finite ({named or 'every loss is finite, the gradient is not'}); the optimizer did not "
+        "step; look at those rows with `packloop data preview`, or lower train.learning_rate, and continue with --resume latest"
+    )
+
+
+class _Stop:
+    signal: int | None = None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """SIGINT and SIGTERM ask the loop to save and stop after the step; a second SIGINT interrupts at once."""
+    stop = _Stop()
+
+    def request(number, _frame):
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

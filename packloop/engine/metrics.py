@@ -1,0 +1,118 @@
+"""Counters in, metrics.jsonl, the console and trackers out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class MetricsFile:
+    """RUN/metrics.jsonl: one JSON object a line, flushed a line at a time; only the main process writes."""
+
+    def __init__(self, path: Path, *, enabled: bool, resume_step: int = 0):
+        self._file = None
+        if not enabled:
+            return
+        if path.exists():
+            _keep_until(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict) -> None:
+        if self._file:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops what was logged after `step`: the steps that a resumed run takes again."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # a line cut short by a crash
+        return float("inf")
+
+
+class StepClock:
+    """Wall time between optimizer steps. Right without a synchronisation of its own: each step ends in one host read."""
+
+    def __init__(self):
+        self._last = time.perf_counter()
+
+    def restart(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap_ms(self) -> float:
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return elapsed * 1e3
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Peak memory allocated on the CUDA device so far, in GiB; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+class StepConsole:
+    """A progress bar on a terminal, a plain line every `every` steps otherwise."""
+
+    def __init__(self, *, num_steps: int, first_step: int, every: int, enabled: bool):
+        self.console = Console(quiet=not enabled)
+        self.every, self.num_steps = every, num_steps
+        self._started, self._first_step = time.perf_counter(), first_step
+        self._progress = None
+        if enabled and sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("training", total=num_steps, completed=first_step)
+            self._progress.start()
+
+    def step(self, values: dict, *, due: bool) -> None:
+        if self._progress:
+            self._progress.update(self._task, completed=values["step"], description=_describe(values))
+        elif due:
+            done = values["step"] - self._first_step
+            remaining = (time.perf_counter() - self._started) / done * (self.num_steps - values["step"])
+            self.say(f"step {values['step']}/{self.num_steps}  {_describe(values)}  {_duration(remaining)} left")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+
+
+def _describe(values: dict) -> str:
+    memory = f"  {values['peak_gib']:.1f} GiB" if values["peak_gib"] is not None else ""
+    return (
+        f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.2f}  "
+        f"{values['real_tokens_per_s']:,.0f} tokens/s{memory}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
