@@ -34,8 +34,11 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Output directory of
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False) -> None:
     _options.debug = debug
-    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO if debug else logging.ERROR, format="%(message)s")
     logging.getLogger("packloop").setLevel(logging.DEBUG if debug else logging.INFO)
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stdout.isatty() else "1")
 
 
 @app.command()
@@ -81,7 +84,7 @@ def stats(config: ConfigFile, overrides: Overrides = None) -> None:
 
     from packloop.data.report import render_stats
 
-    run_config, data, tokenizer = _load_data(config, overrides)
+    run_config, data, _ = _load_data(config, overrides)
     Console().print(render_stats(data, run_config.data, seed=run_config.train.seed))
 
 

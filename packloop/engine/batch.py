@@ -10,7 +10,7 @@ from packloop.kernels.attention import DocumentLayout
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]:
-    """(input_ids_BT, position_ids_BT, layout, label_index_N, label_ids_N) on `device`, copied without waiting for it."""
+    """(input_ids_BT, position_ids_BT, layout, label_index_N, label_ids_N) on `device`, copied without waiting."""
     layout = DocumentLayout(
         document_ids_BT=_move(batch.document_ids, device),
         cu_seqlens=_move(batch.cu_seqlens, device),

@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, verified before use, never unpickled.
 
-RUN/checkpoints/step-000100/ holds the adapter (or model) as safetensors, optimizer.safetensors, rng.safetensors, state.json,
-config.resolved.yaml and manifest.json with every file's size and SHA-256. A save writes a temporary sibling, flushes each file and the directory to
-disk, renames it, moves `latest`, and only then prunes older checkpoints, of which only verified ones count as kept.
+RUN/checkpoints/step-000100/ holds the adapter (or model) as safetensors, optimizer.safetensors, rng.safetensors,
+state.json, config.resolved.yaml and manifest.json with every file's size and SHA-256. A save writes a temporary
+sibling, flushes each file and the directory to disk, renames it, moves `latest`, and only then prunes older
+checkpoints, of which only verified ones count as kept.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes RUN/checkpoints/step-N, makes it the latest and keeps the newest `keep` verified ones.
 
-    write_weights: called with the temporary directory, writes the model's files there. Raises InputError with path, bytes needed and free
-    where the disk refuses; earlier checkpoints are untouched then.
+    write_weights: called with the temporary directory, writes the model's files there. Raises InputError with path,
+    bytes needed and free where the disk refuses; earlier checkpoints are untouched then.
     """
     root = run_dir / "checkpoints"
     final = root / checkpoint_name(state.step)
@@ -105,8 +106,8 @@ def disk_error(path: Path, error: Exception, *, needed: int) -> InputError:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     remedy = "free some space or choose another train.output_dir" if full else "check the disk and its permissions"
     return InputError(
-        f"cannot write to {str(path)!r}: {error} (at least {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free); "
-        f"what was written before is intact; {remedy}, then continue with --resume latest"
+        f"cannot write to {str(path)!r}: {error} (at least {needed / 2**20:.0f} MiB needed, "
+        f"{free / 2**20:.0f} MiB free); what was written before is intact; {remedy}, then continue with --resume latest"
     )
 
 
@@ -172,7 +173,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def capture_rng(rank: int) -> dict[str, Tensor]:
     """This rank's generators (Python, NumPy, torch CPU, the current CUDA device) as tensors named `rank.kind`."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached = np.random.get_state()
     tensors = {
         f"{rank}.python": torch.tensor([version, *words], dtype=torch.int64),
         f"{rank}.python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
@@ -190,8 +191,8 @@ def restore_rng(tensors: dict[str, Tensor], rank: int) -> None:
     """Sets this rank's generators. InputError where the checkpoint has none for it: the run could not be exact."""
     if f"{rank}.torch" not in tensors or (torch.cuda.is_available() and f"{rank}.cuda" not in tensors):
         raise InputError(
-            f"the checkpoint has no random-number state for rank {rank} on this kind of device; resume with the number and kind of "
-            "devices it was written on"
+            f"the checkpoint has no random-number state for rank {rank} on this kind of device; "
+            "resume with the number and kind of devices it was written on"
         )
     version, *words = tensors[f"{rank}.python"].tolist()
     gauss = tensors[f"{rank}.python_gauss"].tolist()

@@ -349,8 +349,9 @@ def _non_finite(losses: list[torch.Tensor], micros: list[Batch], accelerator: Ac
     where = gather_object([(accelerator.process_index, sorted(set(rows)))])
     named = "; ".join(f"rank {rank}: rows {ids}" for rank, ids in where if ids)
     return NonFiniteError(
-        f"the loss or its gradient is not finite ({named or 'every loss is finite, the gradient is not'}); the optimizer did not "
-        "step; look at those rows with `packloop data preview`, or lower train.learning_rate, and continue with --resume latest"
+        f"the loss or its gradient is not finite ({named or 'every loss is finite, the gradient is not'}); "
+        "the optimizer did not step; look at those rows, or lower train.learning_rate, "
+        "and continue with --resume latest"
     )
 
 

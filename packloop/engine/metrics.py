@@ -50,7 +50,7 @@ def _step_of(line: str) -> float:
 
 
 class StepClock:
-    """Wall time between optimizer steps. Right without a synchronisation of its own: each step ends in one host read."""
+    """Wall time between optimizer steps. Needs no synchronisation of its own: a step ends in a host read."""
 
     def __init__(self):
         self._last = time.perf_counter()

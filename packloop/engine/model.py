@@ -51,7 +51,8 @@ def load_base(config: ModelConfig, device: torch.device) -> LlamaForCausalLM:
     architecture: PretrainedConfig = _from_hub(AutoConfig, config)
     if architecture.model_type != "llama":
         raise InputError(
-            f"model.name_or_path={config.name_or_path!r} is of type {architecture.model_type!r}; a Llama model is needed"
+            f"model.name_or_path={config.name_or_path!r} is of type {architecture.model_type!r}; "
+            "a Llama model is needed"
         )
     # Llama 2's early checkpoints ask for tensor-parallel slices of the linear layers: slower, other numerics, no NF4.
     architecture.pretraining_tp = 1
@@ -83,7 +84,7 @@ def load_base(config: ModelConfig, device: torch.device) -> LlamaForCausalLM:
 
 
 def attach_adapter(base: LlamaForCausalLM, config: LoraConfig, *, base_name: str) -> PeftModel:
-    """A PEFT model with a fresh adapter on `base`, its weights fp32 and trainable, drawn from torch's global generator."""
+    """A PEFT model with a fresh, trainable fp32 adapter on `base`, drawn from torch's global generator."""
     names = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     names.discard("lm_head")
     if config.target_modules != "all-linear" and (unknown := set(config.target_modules) - names):
@@ -112,16 +113,16 @@ def load_model(model: ModelConfig, lora: LoraConfig, device: torch.device) -> Pe
     return attach_adapter(base, lora, base_name=model.name_or_path)
 
 
-def _from_hub(cls, config: ModelConfig, **kwargs):
+def _from_hub(cls, source: ModelConfig, /, **kwargs):
     """`cls.from_pretrained` with the run's source; its failures as one line that says what to do."""
-    name = resolve_name(config.name_or_path)
-    if config.trust_remote_code:
+    name = resolve_name(source.name_or_path)
+    if source.trust_remote_code:
         kwargs["trust_remote_code"] = True
     try:
-        return cls.from_pretrained(name, revision=config.revision or "main", **kwargs)
+        return cls.from_pretrained(name, revision=source.revision or "main", **kwargs)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"model.name_or_path={config.name_or_path!r} cannot be loaded ({reason}); "
+            f"model.name_or_path={source.name_or_path!r} cannot be loaded ({reason}); "
             "give a local directory or a Hub name that this machine can reach, logged in where the model is gated"
         ) from error

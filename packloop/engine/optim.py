@@ -1,7 +1,7 @@
 """The trained parameters as views of one flat fp32 buffer, and the optimizer that steps it.
 
-One buffer makes one optimizer call, one norm, one all-reduce and one `zero_` of what PEFT spreads over hundreds of small
-tensors, and makes bitsandbytes' paging, which skips small tensors, apply to all of the state.
+One buffer makes one optimizer call, one norm, one all-reduce and one `zero_` of what PEFT spreads over hundreds of
+small tensors, and makes bitsandbytes' paging, which skips small tensors, apply to all of the state.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ class FlatParameters:
     """Moves every trainable parameter of `model` (and its gradient) into one flat buffer.
 
     weight, gradient: fp32 [num_elements]. Each parameter's `.data` and `.grad` become views of them, in the order of
-    `named_parameters`; alignment gaps stay zero. float64 models keep float64 (for tests of exactness). Raises ValueError where a trainable
-    parameter is kept in fewer than 32 bits: updates of 1e-4 of a bf16 weight would be rounded away.
+    `named_parameters`; alignment gaps stay zero. float64 models keep float64 (for tests of exactness). Raises
+    ValueError where a trainable parameter is kept in fewer than 32 bits: updates of 1e-4 of a bf16 weight would be
+    rounded away.
     """
 
     def __init__(self, model: nn.Module):
@@ -67,9 +68,9 @@ class FlatParameters:
 class AdamW:
     """AdamW in 32 bits over one flat buffer: bitsandbytes' (paged on request) on CUDA, PyTorch's elsewhere.
 
-    Decoupled weight decay, bias correction, update lr * m / (sqrt(v) + eps) (Loshchilov and Hutter, 2019). bitsandbytes'
-    CPU path goes through torch.compile, which recompiles as its step argument changes: the same step would
-    round differently after a resume, so the CPU takes PyTorch's.
+    Decoupled weight decay, bias correction, update lr * m / (sqrt(v) + eps) (Loshchilov and Hutter, 2019).
+    bitsandbytes' CPU path goes through torch.compile, which recompiles as its step argument changes: the same step
+    would round differently after a resume, so the CPU takes PyTorch's.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ def num_warmup_steps(warmup_ratio: float, num_steps: int) -> int:
 
 
 def multiplier(name: str, step: int, *, num_steps: int, num_warmup_steps: int) -> float:
-    """Share of the base learning rate at `step`: rises linearly over the warm-up, then constant, linear or cosine to 0."""
+    """Share of the base rate at `step`: rises linearly over the warm-up, then constant, linear or cosine to 0."""
     if step < num_warmup_steps:
         return step / num_warmup_steps
     progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)

@@ -58,9 +58,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, label_index_N: Tensor, label_ids_N: Tensor) -> Tensor:
     """sum over n of -log softmax(hidden[label_index[n]] @ weight.T)[label_ids[n]].
 
-    hidden_TH: [T, H]; weight_VH: [V, H], same dtype, no gradient computed for it when frozen; label_index_N: int64 [N],
-    distinct; label_ids_N: int64 [N]. Returns a scalar in fp32 (fp64 for fp64 input); 0 for N = 0. Logits are rounded to
-    the input's dtype by the GEMM, everything after is fp32. The gradient is computed in forward, so logits live one chunk long and are
-    never kept; peak extra memory is d_hidden plus three chunks. No host synchronisation.
+    hidden_TH: [T, H]; weight_VH: [V, H], same dtype, no gradient computed for it when frozen; label_index_N: int64
+    [N], distinct; label_ids_N: int64 [N]. Returns a scalar in fp32 (fp64 for fp64 input); 0 for N = 0. Logits are
+    rounded to the input's dtype by the GEMM, everything after is fp32. The gradient is computed in forward, so logits
+    live one chunk long and are never kept; peak extra memory is d_hidden plus three chunks. No host synchronisation.
     """
     return _LinearCrossEntropy.apply(hidden_TH, weight_VH, label_index_N, label_ids_N)

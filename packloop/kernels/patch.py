@@ -1,9 +1,10 @@
 """Every edit of the Hugging Face Llama, as one context manager.
 
-Inside `patched(model)` two methods of that one instance are ours: `LlamaModel.forward`, which passes the documents' layout to the
-layers, builds fp32 RoPE tables and recomputes activations, and `LlamaAttention.forward`, which calls the chosen
-attention. Both fall through to the stock method when called without a layout (generation, KV cache). Nothing is edited
-on a class, so a second model is untouched, and leaving the context, also by an exception, restores the instance.
+Inside `patched(model)` two methods of that one instance are ours: `LlamaModel.forward`, which passes the documents'
+layout to the layers, builds fp32 RoPE tables and recomputes activations, and `LlamaAttention.forward`, which calls
+the chosen attention. Both fall through to the stock method when called without a layout (generation, KV cache).
+Nothing is edited on a class, so a second model is untouched, and leaving the context, also by an exception, restores
+the instance.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def find_llama(model: nn.Module) -> LlamaForCausalLM:
 def patched(model: nn.Module, *, attention: str, recompute_layers: int = 0) -> Iterator[LlamaForCausalLM]:
     """Replaces the forward methods of `model` for the duration of the context and yields the Llama inside it.
 
-    attention: a key of `attention.BACKENDS`. recompute_layers: how many layers, from the first, keep only their input and recompute
-    the rest in the backward pass (0: none). Raises ValueError where a stock signature is not the one expected.
+    attention: a key of `attention.BACKENDS`. recompute_layers: how many layers, from the first, keep only their input
+    and recompute the rest in the backward pass (0: none). Raises ValueError where a stock signature is not the one
+    expected.
     """
     llama = find_llama(model)
     attend = BACKENDS[attention]
@@ -72,7 +74,7 @@ def packed_loss_sum(
     label_index_N: Tensor,
     label_ids_N: Tensor,
 ) -> Tensor:
-    """Summed cross-entropy of one micro-batch, fp32 scalar. The model must be inside `patched`; ValueError otherwise."""
+    """Summed cross-entropy of one micro-batch, fp32 scalar. ValueError for a model outside `patched`."""
     if "forward" not in vars(llama.model):
         raise ValueError("packed_loss_sum needs the model inside `patched(model)`")
     output = llama.model(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False, layout=layout)
@@ -81,7 +83,9 @@ def packed_loss_sum(
 
 
 def rope_tables(llama_model: LlamaModel, position_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 (fp64 for an fp64 model) [B, T, D], for the positions; the stock code rounds them to the model's dtype."""
+    """cos and sin, fp32 (fp64 for an fp64 model) [B, T, D], for the positions; the stock code rounds them to the
+    model's dtype.
+    """
     dtype = torch.promote_types(llama_model.norm.weight.dtype, torch.float32)
     return llama_model.rotary_emb(torch.empty((), dtype=dtype, device=position_ids_BT.device), position_ids_BT)
 
