@@ -31,11 +31,7 @@ if triton is not None:
 
     @triton.jit
     def _load_seed(seed, SEED_ON_DEVICE: tl.constexpr):
-        if SEED_ON_DEVICE:
-            value = tl.load(seed)
-        else:
-            value = seed
-        return value
+        return tl.load(seed) if SEED_ON_DEVICE else seed
 
     @triton.jit
     def _kept(groups, seed, stream, threshold, SHAPE: tl.constexpr):
@@ -118,7 +114,6 @@ if triton is not None:
         seed,
         stream,
         threshold,
-        scale,
         num_tokens,
         num_features,
         num_ranks,
@@ -152,7 +147,7 @@ if triton is not None:
         product = tl.dot(d_projected, a, input_precision="ieee")
         groups = rows[:, None] * (num_features // 8) + (first // 8 + tl.arange(0, BLOCK_H // 8))[None, :]
         kept = _kept(groups, _load_seed(seed, SEED_ON_DEVICE), stream, threshold, [BLOCK_T, BLOCK_H])
-        tl.store(dx_ptrs, dx.to(tl.float32) + tl.where(kept, product * scale, 0.0), mask=inside)
+        tl.store(dx_ptrs, dx.to(tl.float32) + tl.where(kept, product, 0.0), mask=inside)
 
     @triton.jit(do_not_specialize=["seed", "stream", "threshold"])
     def _weight_gradient_kernel(
@@ -307,9 +302,8 @@ def dropout_add_input_gradient_(
     seed: int | Tensor,
     *,
     stream: int = 0,
-    scale: float,
 ) -> Tensor:
-    """`dx += scale * mask * (d_projected A)` in place, in one pass over dx; added in float32, rounded once."""
+    """`dx += mask * (d_projected A)` in place, in one pass over dx; added in float32, rounded once."""
     seed, stream, threshold, seed_on_device = _mask_arguments(p, seed, stream, dx_TH)
     num_tokens, num_features = dx_TH.shape
     num_ranks = a_RH.shape[0]
@@ -322,7 +316,6 @@ def dropout_add_input_gradient_(
         seed,
         stream,
         threshold,
-        scale,
         num_tokens,
         num_features,
         num_ranks,

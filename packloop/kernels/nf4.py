@@ -149,12 +149,16 @@ def _dequantize_with_bitsandbytes(packed: Tensor, state: QuantState, dtype: torc
 
 @dataclass(frozen=True)
 class Nf4Weight:
-    """A frozen NF4 weight as `lora_linear` takes it: `dense()` dequantises it anew each time."""
+    """Frozen NF4 weights over one input, as `lora_linear` takes them: `dense()` dequantises them anew each time."""
 
-    weight: Params4bit
+    weights: tuple[Params4bit, ...]
     dtype: torch.dtype
 
     def dense(self) -> Tensor:
-        """The weight [O, I] in `dtype`, in a new tensor."""
-        out = torch.empty(tuple(self.weight.quant_state.shape), dtype=self.dtype, device=self.weight.device)
-        return dequantize(self.weight, out=out)
+        """The weights' rows one after the other, [sum of O, I] in `dtype`, in a new tensor."""
+        rows = [weight.quant_state.shape[0] for weight in self.weights]
+        num_columns = self.weights[0].quant_state.shape[1]
+        joined = torch.empty(sum(rows), num_columns, dtype=self.dtype, device=self.weights[0].device)
+        for weight, out in zip(self.weights, joined.split(rows)):
+            dequantize(weight, out=out)
+        return joined
