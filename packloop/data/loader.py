@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from packloop.config import DataConfig
-from packloop.data.packing import Packs, pack_bfd, pack_none, pack_wrapped
+from packloop.data.packing import Packing, Packs, epoch_packs, pack
 from packloop.data.prompts import Template, get_template
 from packloop.data.sources import Rows, load_train_and_eval
 from packloop.data.tokenize import Documents, TokenizeReport, tokenize_rows
 from packloop.errors import InputError
-
-Packing = Literal["wrapped", "bfd", "none"]
 
 # An empty batch still goes through the model, so that a rank with no packs left joins the others' collectives.
 EMPTY_BATCH_SLOTS = 2
@@ -182,22 +180,15 @@ class PackLoader:
         return batches
 
     def _start_epoch(self, epoch: int) -> None:
-        num_documents = len(self._documents.lengths)
-        if self._shuffle:
-            rng = np.random.default_rng([self._seed, epoch])
-            self._packs = pack(self._documents.lengths, self._packing, self._max_length, rng.permutation(num_documents))
-            self._pack_order = rng.permutation(self._packs.num_packs)
-        else:
-            self._packs = pack(self._documents.lengths, self._packing, self._max_length, np.arange(num_documents))
-            self._pack_order = np.arange(self._packs.num_packs)
+        self._packs, self._pack_order = epoch_packs(
+            self._documents.lengths,
+            self._packing,
+            self._max_length,
+            seed=self._seed,
+            epoch=epoch,
+            shuffle=self._shuffle,
+        )
         self._epoch, self._cursor = epoch, 0
-
-
-def pack(lengths: np.ndarray, packing: Packing, max_length: int, order: np.ndarray) -> Packs:
-    """The packs of one epoch by the packer that `packing` names."""
-    if packing == "none":
-        return pack_none(lengths, order)
-    return {"wrapped": pack_wrapped, "bfd": pack_bfd}[packing](lengths, max_length, order)
 
 
 def eval_batches(

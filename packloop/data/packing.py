@@ -12,8 +12,11 @@ Every token of every document lands in exactly one pack, exactly once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+Packing = Literal["wrapped", "bfd", "none"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,28 @@ class Packs:
         """int64 [P], tokens in each pack."""
         ends = np.concatenate([[0], np.cumsum(self.segment_stop - self.segment_start)])
         return ends[self.pack_offsets[1:]] - ends[self.pack_offsets[:-1]]
+
+
+def epoch_packs(
+    lengths: np.ndarray, packing: Packing, max_length: int, *, seed: int, epoch: int, shuffle: bool
+) -> tuple[Packs, np.ndarray]:
+    """The packs of one epoch and the order (int64 [P]) in which they are trained on; both follow from (seed, epoch).
+
+    Without `shuffle` documents and packs come in the source's order, in every epoch.
+    """
+    if not shuffle:
+        packs = pack(lengths, packing, max_length, np.arange(len(lengths)))
+        return packs, np.arange(packs.num_packs)
+    rng = np.random.default_rng([seed, epoch])
+    packs = pack(lengths, packing, max_length, rng.permutation(len(lengths)))
+    return packs, rng.permutation(packs.num_packs)
+
+
+def pack(lengths: np.ndarray, packing: Packing, max_length: int, order: np.ndarray) -> Packs:
+    """The documents in `order`, packed by the packer that `packing` names."""
+    if packing == "none":
+        return pack_none(lengths, order)
+    return {"wrapped": pack_wrapped, "bfd": pack_bfd}[packing](lengths, max_length, order)
 
 
 def pack_wrapped(lengths: np.ndarray, max_length: int, order: np.ndarray) -> Packs:

@@ -72,8 +72,8 @@ def _parse_format(text: str, setting: str) -> list[tuple[str, str | None]]:
             raise ConfigError(f"{setting}={text!r}: {shown} names no column; write {{column}}, and {braces}")
         if spec or conversion or any(sign in field for sign in ".[]"):
             raise ConfigError(
-                f"{setting}={text!r}: {shown} is more than a column's name; write {{column}} (data.columns gives a column "
-                f"with such a name another one), and {braces}"
+                f"{setting}={text!r}: {shown} is more than a column's name; write {{column}} (data.columns renames a "
+                f"column whose name has such signs), and {braces}"
             )
     return [(literal, field) for literal, field, _, _ in parts]
 
@@ -86,7 +86,8 @@ def _fill(parts: list[tuple[str, str | None]], row: Row) -> str:
 def _instruction_from_response_prompt(row: Row) -> str:
     return (
         "### Instruction:\n"
-        "Use the Input below to create an instruction, which could have been used to generate the input using an LLM.\n\n"
+        "Use the Input below to create an instruction, "
+        "which could have been used to generate the input using an LLM.\n\n"
         f"### Input:\n{row['response']}\n\n"
         "### Response:\n"
     )

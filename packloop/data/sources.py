@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -91,9 +91,7 @@ def load_rows(
         elif on_bad_row == "skip":
             skipped.append(SkippedRow(index, row))
         else:
-            raise InputError(
-                f"{name}, {record.place}: {row}; mend it, or leave such rows out with data.on_bad_row=skip"
-            )
+            raise InputError(f"{name}, {record.place}: {row}; mend it, or set data.on_bad_row=skip")
     if not rows:
         raise InputError(f"{name}: none of its {len(skipped)} rows can be used; the first: {skipped[0].reason}")
     return Rows(rows, row_ids, skipped)
@@ -144,7 +142,8 @@ def load_train_and_eval(
     if isinstance(eval_split, str):
         if source != BUNDLED and is_local(source):
             raise InputError(
-                f"data.eval_split={eval_split!r}: {source} is a file and has no splits; give a count or a fraction of rows"
+                f"data.eval_split={eval_split!r}: {source} is a file and has no splits; "
+                "give a count or a fraction of its rows"
             )
         if eval_split == split:
             raise InputError(f"data.eval_split={eval_split!r} is the split that is trained on; name another")
@@ -188,15 +187,12 @@ def _read(source: str, split: str, revision: str | None) -> tuple[str, list[Reco
         )
     if not path.exists():
         near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
-        raise InputError(
-            f"{source}: no such file; " + (f"did you mean {path.with_name(near[0])}?" if near else "check data.source")
-        )
+        remedy = f"did you mean {path.with_name(near[0])}?" if near else "check data.source"
+        raise InputError(f"{source}: no such file; {remedy}")
     try:
         return source, READERS[path.suffix.lower()](path, source)
     except OSError as error:
-        raise InputError(
-            f"{source}: it cannot be read: {error.strerror or error}; check the file's permissions"
-        ) from None
+        raise InputError(f"{source}: it cannot be read: {error.strerror or error}; check its permissions") from None
 
 
 def _names_beside(path: Path) -> list[str]:
@@ -209,23 +205,17 @@ def _read_hub(source: str, split: str, revision: str | None) -> list[Record]:
             f"data.source={source!r}: neither a file nor a Hub name (owner/name); give one of them, or {BUNDLED}"
         )
     import datasets
-    import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
+    # The Hub's HTTP library differs between its releases; its root error is a base of HfHubHTTPError in all of them.
+    failures = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *HfHubHTTPError.__bases__)
     try:
         rows = datasets.load_dataset(source, split=split, revision=revision)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        httpx.HTTPError,
-        HfHubHTTPError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
+    except failures as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
-            f"Hub data set {source!r}, split {split!r}, cannot be loaded: {reason}; check the name, the split, data.revision "
-            "and the network (or log in with `hf auth login`), or give a local file"
+            f"Hub data set {source!r}, split {split!r}, cannot be loaded: {reason}; check the name, the split, "
+            "data.revision and the network (or log in with `hf auth login`), or give a local file"
         ) from None
     return [Record(f"row {index}", row) for index, row in enumerate(rows)]
 

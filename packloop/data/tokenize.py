@@ -6,6 +6,7 @@ that is what generation feeds the model.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,10 @@ from packloop.data.prompts import Template
 from packloop.data.sources import Rows
 from packloop.errors import InputError
 
-NO_LABEL = "no label token within max_length"
 TOO_LONG = "longer than max_length"
+NO_LABEL = "no label token"
+NO_LABEL_KEPT = "no label token in the part that max_length keeps"
+NO_LABEL_IN_PIECE = "no label token in this piece of a long row"
 
 # Rows tokenised at a time: enough to keep the tokenizer's threads busy, few enough that their lists stay small.
 ROWS_AT_A_TIME = 4096
@@ -96,32 +99,35 @@ def tokenize_rows(
         if loss_on == "response":
             counts[:num_prompt_tokens] = False
         report.num_tokens_in += len(token_ids)
-        cuts = [0, len(token_ids)]
-        if max_length is not None and len(token_ids) > max_length:
+        length, reason = len(token_ids), NO_LABEL
+        cuts = [0, length]
+        if max_length is not None and length > max_length:
             if on_long_row == "error":
                 raise InputError(
-                    f"row {row_id} has {len(token_ids)} tokens and data.max_length is {max_length}; raise data.max_length, "
+                    f"row {row_id} has {length} tokens and data.max_length is {max_length}; raise it, "
                     "or set data.on_long_row to truncate, split or drop"
                 )
             if on_long_row == "drop":
-                drop(row_id, TOO_LONG, len(token_ids))
+                drop(row_id, TOO_LONG, length)
                 continue
-            cuts = [0, max_length] if on_long_row == "truncate" else _even_cuts(len(token_ids), max_length)
-        kept = 0
-        for begin, end in zip(cuts[:-1], cuts[1:]):
+            if on_long_row == "truncate":
+                cuts, reason = [0, max_length], NO_LABEL_KEPT
+            else:
+                cuts, reason = _even_cuts(length, max_length), NO_LABEL_IN_PIECE
+                report.num_split += 1
+        for begin, end in itertools.pairwise(cuts):
+            truncated = length - end if reason == NO_LABEL_KEPT else 0
             if not counts[begin + 1 : end].any():
-                drop(row_id, NO_LABEL, end - begin)
+                drop(row_id, reason, end - begin + truncated)
                 continue
             if begin > 0:
                 report.label_tokens_lost_to_split += int(counts[begin])
+            if truncated:
+                report.num_truncated += 1
+                report.tokens_truncated += truncated
             pieces.append(token_ids[begin:end])
             masks.append(counts[begin:end])
             row_ids.append(row_id)
-            kept += 1
-        report.num_split += len(cuts) > 2
-        if cuts[-1] < len(token_ids):
-            report.num_truncated += kept
-            report.tokens_truncated += len(token_ids) - cuts[-1]
 
     offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
     documents = Documents(
@@ -182,8 +188,8 @@ def _encode(rows: Rows, template: Template, tokenizer: Any):
                 text = prompt + continuation.ids(responses[index])
             if not {*bos, *eos}.isdisjoint(text):
                 raise InputError(
-                    f"row {row_id}: its text becomes the tokenizer's own BOS or EOS token; mark those tokens as special "
-                    "in tokenizer.json (added_tokens), or change the text"
+                    f"row {row_id}: its text becomes the tokenizer's own BOS or EOS token; mark those tokens as "
+                    "special in tokenizer.json (added_tokens), or change the text"
                 )
             yield row_id, np.array([*bos, *text, *eos], dtype=np.int32), len(bos) + len(prompt)
 
