@@ -1,0 +1,77 @@
+"""A training job small enough to run many times in a test: its rows, its configuration and what it left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tiny_run import run_config
+
+from packloop.config import RunConfig
+
+# Wall time and what follows from it; every other field of metrics.jsonl is the same in two equal runs.
+TIMING_FIELDS = ("step_ms", "slot_tokens_per_s", "real_tokens_per_s", "label_tokens_per_s", "peak_gib")
+
+_THINGS = ("the tap", "a lamp", "the red bicycle", "my neighbour's cat", "the lift", "our bakery order", "rain")
+_ACTS = ("leaks", "is gone since Monday", "needs paint", "was loud again last night and nobody came to look", "works")
+
+
+def rows(num_rows: int) -> list[dict[str, str]]:
+    """Instruction and response texts of quite different lengths, no two the same."""
+    made = []
+    for n in range(num_rows):
+        thing, act = _THINGS[n % 7], _ACTS[(n // 3) % 5]
+        body = " ".join(f"{thing} {act}." for _ in range(1 + n * n % 4))
+        made.append({"instruction": f"Write note {n} on {thing}.", "response": f"Hello {n}, {body}"})
+    return made
+
+
+def write_rows(path: Path, num_rows: int = 23) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(num_rows)), encoding="utf-8")
+    return path
+
+
+def small_config(base: Path, source: Path, run_dir: Path, **sections: dict) -> RunConfig:
+    """An fp32 LoRA run of a few steps a second; `sections` change single settings."""
+    values = {
+        "model": {"quantization": "none"},
+        "data": {"source": str(source), "template": "dolly", "max_length": 96, "packing": "bfd"},
+        "train": {
+            "output_dir": str(run_dir),
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "max_grad_norm": 1.0,
+        },
+        "log": {"every": 1000},
+    }
+    merged = {name: values.get(name, {}) | sections.get(name, {}) for name in {**values, **sections}}
+    return run_config(base, run_dir, **merged)
+
+
+def read_metrics(run_dir: Path, *, timing: bool = False) -> list[dict]:
+    """The objects of metrics.jsonl, without the fields that depend on the clock."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    hidden = () if timing else TIMING_FIELDS
+    return [{name: value for name, value in json.loads(line).items() if name not in hidden} for line in lines]
+
+
+def read_steps(run_dir: Path) -> list[dict]:
+    return [values for values in read_metrics(run_dir) if "loss" in values]
+
+
+def tensors_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def run_ranks(script: Path, *arguments: str, num_ranks: int = 2, timeout: float = 240) -> subprocess.CompletedProcess:
+    """`script` under torchrun in `num_ranks` processes on the CPU, which talk over gloo."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True, timeout=timeout
+    )
