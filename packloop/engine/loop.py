@@ -138,7 +138,13 @@ def train(
     if checkpoint:
         config = config_for_resume(config, checkpoint.path)
     _set_numerics(config)
-    accelerator = Accelerator(mixed_precision="no", log_with=config.log.trackers or None, project_dir=run_dir)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        # Without being told so, accelerate takes torchrun's processes on a machine without GPU for runs of their own.
+        cpu=not torch.cuda.is_available(),
+        log_with=config.log.trackers or None,
+        project_dir=run_dir,
+    )
     config = _resolve_auto(config, accelerator.device)
 
     tokenizer = load_tokenizer(config.model)
