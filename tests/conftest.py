@@ -41,7 +41,7 @@ def small_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_rows(tmp_path_factory) -> Path:
-    """23 instruction rows, which make 23 documents of 37 to 130 tokens."""
+    """23 instruction rows, which make 23 documents of 30 to 96 tokens."""
     from small_job import write_rows
 
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
