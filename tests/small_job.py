@@ -39,7 +39,12 @@ def small_config(base: Path, source: Path, run_dir: Path, **sections: dict) -> R
     """An fp32 LoRA run of a few steps a second; `sections` change single settings."""
     values = {
         "model": {"quantization": "none"},
-        "data": {"source": str(source), "template": "dolly", "max_length": 96, "packing": "bfd"},
+        "data": {
+            "source": str(source),
+            "template": {"prompt": "{instruction}\n", "response": "{response}"},
+            "max_length": 96,
+            "packing": "bfd",
+        },
         "train": {
             "output_dir": str(run_dir),
             "per_device_train_batch_size": 1,
