@@ -80,6 +80,7 @@ if triton is not None:
         num_ranks,
         x_stride,
         a_stride,
+        out_stride,
         SEED_ON_DEVICE: tl.constexpr,
         BLOCK_T: tl.constexpr,
         BLOCK_H: tl.constexpr,
@@ -101,7 +102,7 @@ if triton is not None:
             kept = _kept(groups + first // 8, seed, stream, threshold, [BLOCK_T, BLOCK_H])
             projected = tl.dot(tl.where(kept, x, 0.0), a, projected, input_precision="ieee")
         tl.store(
-            out_ptr + rows[:, None] * num_ranks + ranks[None, :],
+            out_ptr + rows[:, None] * out_stride + ranks[None, :],
             projected * scale,
             mask=(tokens < num_tokens)[:, None] & (ranks < num_ranks)[None, :],
         )
@@ -262,13 +263,23 @@ def _block_ranks(num_ranks: int) -> int:
 
 
 def dropout_project(
-    x_TH: Tensor, a_RH: Tensor, p: float, seed: int | Tensor, *, stream: int = 0, scale: float
+    x_TH: Tensor,
+    a_RH: Tensor,
+    p: float,
+    seed: int | Tensor,
+    *,
+    stream: int = 0,
+    scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`scale * (mask * x) A^T` [T, R] in x's dtype, in one pass over x; accumulated in float32, rounded once."""
+    """`scale * (mask * x) A^T` [T, R] in x's dtype, in one pass over x; accumulated in float32, rounded once.
+
+    `out` may have strided rows.
+    """
     seed, stream, threshold, seed_on_device = _mask_arguments(p, seed, stream, x_TH)
     num_tokens, num_features = x_TH.shape
     num_ranks = a_RH.shape[0]
-    out_TR = torch.empty(num_tokens, num_ranks, dtype=x_TH.dtype, device=x_TH.device)
+    out_TR = torch.empty(num_tokens, num_ranks, dtype=x_TH.dtype, device=x_TH.device) if out is None else out
     block_r = _block_ranks(num_ranks)
     block_t, block_h = (64, 64) if x_TH.element_size() == 2 else (32, 32)
     _project_kernel[(triton.cdiv(num_tokens, block_t),)](
@@ -284,6 +295,7 @@ def dropout_project(
         num_ranks,
         x_TH.stride(0),
         a_RH.stride(0),
+        out_TR.stride(0),
         SEED_ON_DEVICE=seed_on_device,
         BLOCK_T=block_t,
         BLOCK_H=block_h,

@@ -160,14 +160,15 @@ def lora_group_forward(
     return y_TO, projected_TR
 
 
-def lora_project(x_TH: Tensor, group: LoraGroup, dropout: Dropout | None) -> Tensor:
+@torch.no_grad()
+def lora_project(x_TH: Tensor, group: LoraGroup, dropout: Dropout | None, *, out: Tensor | None = None) -> Tensor:
     """`scaling / keep * (mask * x) A^T` [T, R]: what the adapters' B are applied to, and all that their dB needs."""
     scale = _scale(group, dropout)
+    if out is None:
+        out = torch.empty(x_TH.shape[0], group.a_RH.shape[0], dtype=x_TH.dtype, device=x_TH.device)
     if _is_fused(x_TH, group, dropout):
-        return dropout_project(x_TH, group.a_RH, dropout.p, dropout.seed, stream=dropout.stream, scale=scale)
-    kept_TH = _kept(x_TH, dropout)
-    projected_TR = torch.empty(x_TH.shape[0], group.a_RH.shape[0], dtype=x_TH.dtype, device=x_TH.device)
-    return projected_TR.addmm_(kept_TH, group.a_RH.T, beta=0, alpha=scale)
+        return dropout_project(x_TH, group.a_RH, dropout.p, dropout.seed, stream=dropout.stream, scale=scale, out=out)
+    return out.addmm_(_kept(x_TH, dropout), group.a_RH.T, beta=0, alpha=scale)
 
 
 def _kept(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -191,36 +192,88 @@ def lora_group_backward(
     """`(dx [T, H], [(dA, dB) or None for each member])`, without autograd; dA and dB are float32 (float64 for float64).
 
     `dy_TO` is one tensor (columns may be strided slices) or one a member. `dx` is a buffer to fill. `weights_OH` is not
-    read unless dx is needed.
+    read unless dx is needed. A fused layer, which has x late, calls the three steps below one by one.
     """
-    members = group.members()
-    dys = [dy_TO[:, columns] for columns, _, _ in members] if isinstance(dy_TO, Tensor) else list(dy_TO)
-    gradients: list[tuple[Tensor, Tensor] | None] = [None] * len(members)
-    d_projected_TR = None
-    if projected_TR is not None:
-        d_projected_TR = torch.empty_like(projected_TR)
-        scale = _scale(group, dropout)
-        for (_, ranks, b_Or), dy in zip(members, dys):
-            if b_Or is not None:
-                d_projected_TR[:, ranks].addmm_(dy, b_Or, beta=0, alpha=scale)
-        if _is_fused(x_TH, group, dropout):
-            da_RH = dropout_weight_gradient(d_projected_TR, x_TH, dropout.p, dropout.seed, stream=dropout.stream)
-        else:
-            da_RH = _wide_product(d_projected_TR.T, _kept(x_TH, dropout))
-        for index, ((_, ranks, b_Or), dy) in enumerate(zip(members, dys)):
-            if b_Or is not None:
-                gradients[index] = (da_RH[ranks], _wide_product(dy.T, projected_TR[:, ranks]))
+    d_projected_TR, b_gradients = lora_b_gradients(dy_TO, projected_TR, group, dropout)
+    gradients: list[tuple[Tensor, Tensor] | None] = [None] * len(b_gradients)
+    if d_projected_TR is not None:
+        gradients = _pair_gradients(lora_a_gradient(d_projected_TR, x_TH, group, dropout), b_gradients, group)
     if not needs_dx:
         return None, gradients
+    return lora_input_gradient(dy_TO, d_projected_TR, weights_OH, group, dropout, dx=dx), gradients
+
+
+def _pair_gradients(
+    da_RH: Tensor, b_gradients: list[Tensor | None], group: LoraGroup
+) -> list[tuple[Tensor, Tensor] | None]:
+    return [
+        None if db_Or is None else (da_RH[ranks], db_Or) for db_Or, (_, ranks, _) in zip(b_gradients, group.members())
+    ]
+
+
+def _member_gradients(dy_TO: Tensor | Sequence[Tensor], group: LoraGroup) -> list[Tensor]:
+    if isinstance(dy_TO, Tensor):
+        return [dy_TO[:, columns] for columns, _, _ in group.members()]
+    return list(dy_TO)
+
+
+@torch.no_grad()
+def lora_b_gradients(
+    dy_TO: Tensor | Sequence[Tensor],
+    projected_TR: Tensor | None,
+    group: LoraGroup,
+    dropout: Dropout | None,
+    *,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """`(d_projected [T, R], [dB or None for each member])`: what backward can do without the group's input.
+
+    `out`, when given, receives d_projected.
+    """
+    b_gradients: list[Tensor | None] = [None] * len(group.out_features)
+    if projected_TR is None:
+        return None, b_gradients
+    d_projected_TR = (
+        torch.empty(projected_TR.shape, dtype=projected_TR.dtype, device=projected_TR.device) if out is None else out
+    )
+    scale = _scale(group, dropout)
+    for index, ((_, ranks, b_Or), dy) in enumerate(zip(group.members(), _member_gradients(dy_TO, group))):
+        if b_Or is not None:
+            d_projected_TR[:, ranks].addmm_(dy, b_Or, beta=0, alpha=scale)
+            b_gradients[index] = _wide_product(dy.T, projected_TR[:, ranks])
+    return d_projected_TR, b_gradients
+
+
+@torch.no_grad()
+def lora_a_gradient(d_projected_TR: Tensor, x_TH: Tensor, group: LoraGroup, dropout: Dropout | None) -> Tensor:
+    """`d_projected^T (mask * x)` [R, H] in float32: the gradients of the group's A, stacked."""
+    if _is_fused(x_TH, group, dropout):
+        return dropout_weight_gradient(d_projected_TR, x_TH, dropout.p, dropout.seed, stream=dropout.stream)
+    return _wide_product(d_projected_TR.T, _kept(x_TH, dropout))
+
+
+@torch.no_grad()
+def lora_input_gradient(
+    dy_TO: Tensor | Sequence[Tensor],
+    d_projected_TR: Tensor | None,
+    weights_OH: Sequence[Tensor],
+    group: LoraGroup,
+    dropout: Dropout | None,
+    *,
+    dx: Tensor | None = None,
+) -> Tensor:
+    """`dy W + mask * (d_projected A)` [T, H], into `dx` when given."""
+    dys = dy_TO if isinstance(dy_TO, Tensor) else list(dy_TO)
     if dx is None:
-        dx = torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device)
-    _base_input_gradient(dy_TO if isinstance(dy_TO, Tensor) else dys, weights_OH, dx)
+        like = dys if isinstance(dys, Tensor) else dys[0]
+        dx = torch.empty(like.shape[0], weights_OH[0].shape[1], dtype=like.dtype, device=like.device)
+    _base_input_gradient(dys, weights_OH, dx)
     if d_projected_TR is not None:
         _add_adapter_input_gradient_(dx, d_projected_TR, group, dropout)
-    return dx, gradients
+    return dx
 
 
-def _base_input_gradient(dy_TO: Tensor | list[Tensor], weights_OH: Sequence[Tensor], dx_TH: Tensor) -> None:
+def _base_input_gradient(dy_TO: Tensor | Sequence[Tensor], weights_OH: Sequence[Tensor], dx_TH: Tensor) -> None:
     """dx = dy W: one product for each stretch of outputs that both dy and the weights have in one piece."""
     if isinstance(dy_TO, Tensor):
         pieces = [(dy_TO[:, columns], weight_OH) for columns, weight_OH in _row_blocks(weights_OH)]
@@ -250,6 +303,91 @@ def _wide_product(left: Tensor, right: Tensor) -> Tensor:
         return torch.mm(left, right, out_dtype=torch.float32)
     dtype = torch.promote_types(left.dtype, torch.float32)
     return left.to(dtype) @ right.to(dtype)
+
+
+@dataclass(frozen=True)
+class ExtendedWeight:
+    """A group's weight with its adapters beside it in one buffer, so that neither sum takes a pass over memory.
+
+        buffer [O + R, H + R] = | W  B |      y  = [x | projected] [W | B]^T
+                                | A  . |      dx = [dy | d_projected] [W ; A]
+
+    B is block diagonal (member by member): y costs R/H more arithmetic but no reading and writing of y; so does dx.
+    """
+
+    buffer: Tensor
+    out_features: tuple[int, ...]
+    num_features: int
+
+    @staticmethod
+    def allocate(
+        num_features: int, group: LoraGroup, *, dtype: torch.dtype, device: torch.device | str
+    ) -> ExtendedWeight:
+        """A buffer whose `base` the caller fills; `write_adapters` does the rest."""
+        num_outputs, num_ranks = sum(group.out_features), group.a_RH.shape[0]
+        buffer = torch.zeros(num_outputs + num_ranks, num_features + num_ranks, dtype=dtype, device=device)
+        return ExtendedWeight(buffer, group.out_features, num_features)
+
+    @property
+    def base(self) -> Tensor:
+        """W [O, H], to be filled by the caller: strided rows."""
+        return self.buffer[: sum(self.out_features), : self.num_features]
+
+    def write_adapters(self, group: LoraGroup) -> None:
+        """Copies the group's A and B; again whenever they change."""
+        num_outputs = sum(self.out_features)
+        self.buffer[num_outputs:, : self.num_features].copy_(group.a_RH)
+        for columns, ranks, b_Or in group.members():
+            if b_Or is not None:
+                self.buffer[columns, self.num_features + ranks.start : self.num_features + ranks.stop].copy_(b_Or)
+
+
+@torch.no_grad()
+def extended_group_forward(
+    x_extended: Tensor,
+    weight: ExtendedWeight,
+    group: LoraGroup,
+    dropout: Dropout | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y [T, O] in one product. `x_extended` is [T, H + R]: x, and R columns that receive `projected`."""
+    x_TH, projected_TR = x_extended.split([weight.num_features, group.a_RH.shape[0]], dim=1)
+    lora_project(x_TH, group, dropout, out=projected_TR)
+    rows = weight.buffer[: sum(group.out_features)]
+    return torch.mm(x_extended, rows.T) if out is None else torch.mm(x_extended, rows.T, out=out)
+
+
+@torch.no_grad()
+def extended_group_backward(
+    dy_extended: Tensor,
+    x_extended: Tensor,
+    weight: ExtendedWeight,
+    group: LoraGroup,
+    dropout: Dropout | None = None,
+    *,
+    needs_dx: bool = True,
+    dx: Tensor | None = None,
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
+    """`(dx, [(dA, dB) or None])` as `lora_group_backward`; dx in one product where there is no dropout.
+
+    `dy_extended` is [T, O + R]: dy, and R columns that receive the gradient of `projected`.
+    """
+    num_outputs = sum(group.out_features)
+    x_TH, projected_TR = x_extended.split([weight.num_features, group.a_RH.shape[0]], dim=1)
+    dy_TO, d_projected_TR = dy_extended.split([num_outputs, group.a_RH.shape[0]], dim=1)
+    _, b_gradients = lora_b_gradients(dy_TO, projected_TR, group, dropout, out=d_projected_TR)
+    gradients = _pair_gradients(lora_a_gradient(d_projected_TR, x_TH, group, dropout), b_gradients, group)
+    if not needs_dx:
+        return None, gradients
+    if dx is None:
+        dx = torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device)
+    if dropout is None:
+        torch.mm(dy_extended, weight.buffer[:, : weight.num_features], out=dx)
+    else:
+        torch.mm(dy_TO, weight.base, out=dx)
+        _add_adapter_input_gradient_(dx, d_projected_TR, group, dropout)
+    return dx, gradients
 
 
 class _LoraLinearGroup(torch.autograd.Function):
