@@ -128,8 +128,17 @@ class TrainConfig(Section):
 class KernelsConfig(Section):
     """What replaces the stock Llama's operations."""
 
-    attention: Literal["auto", "eager", "sdpa", "cudnn"] = Field(
-        "auto", description="cudnn is plain causal attention only: it cannot keep packed documents apart."
+    attention: Literal["auto", "eager", "sdpa", "cudnn", "flash_attn", "varlen", "flash_attn_4"] = Field(
+        "auto",
+        description="auto: the fastest measured on this GPU and shape. cudnn is plain causal attention only: it cannot "
+        "keep packed documents apart.",
+    )
+    layer: Literal["auto", "fused", "stock"] = Field(
+        "auto",
+        description="fused: a decoder layer with its adapters as one function; stock: Hugging Face's and PEFT's code.",
+    )
+    dequant_cache: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="How many layers keep their NF4 weights dequantised (fused layers only)."
     )
 
 

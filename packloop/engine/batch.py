@@ -10,9 +10,9 @@ from packloop.kernels.attention import DocumentLayout
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]:
-    """(input_ids_BT, position_ids_BT, layout, label_index_N, label_ids_N) on `device`, copied without waiting."""
+    """(input_ids_BL, position_ids_BL, layout, label_index_N, label_ids_N) on `device`, copied without waiting."""
     layout = DocumentLayout(
-        document_ids_BT=_move(batch.document_ids, device),
+        document_ids_BL=_move(batch.document_ids, device),
         cu_seqlens=_move(batch.cu_seqlens, device),
         max_seqlen=batch.max_seqlen,
         is_packed=bool((batch.document_ids > 0).any()),

@@ -27,6 +27,7 @@ from packloop.engine.metrics import MetricsFile, StepClock, StepConsole, peak_gi
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.model_card import write_adapter_card
 from packloop.engine.optim import AdamW, FlatParameters
+from packloop.engine.plan import patch_options, resolve_auto
 from packloop.engine.run_dir import (
     check_output_dir,
     config_for_resume,
@@ -36,8 +37,7 @@ from packloop.engine.run_dir import (
 )
 from packloop.engine.state import TrainState
 from packloop.engine.trackers import check_trackers
-from packloop.errors import ConfigError, InputError
-from packloop.kernels.attention import choose_backend
+from packloop.errors import InputError
 from packloop.kernels.patch import packed_loss_sum, patched
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,6 @@ def train(
         log_with=config.log.trackers or None,
         project_dir=run_dir,
     )
-    config = _resolve_auto(config, accelerator.device)
 
     tokenizer = load_tokenizer(config.model)
     data = build_data(config.data, tokenizer, seed=config.train.seed)
@@ -154,6 +153,7 @@ def train(
     flat = FlatParameters(model)
     optimizer = _make_optimizer(config, flat)
     loader = _make_loader(config, data, tokenizer.pad_token_id, accelerator)
+    config = resolve_auto(config, model, loader, accelerator.device)
     num_steps = config.train.max_steps or math.ceil(config.train.num_train_epochs * loader.steps_per_epoch)
     set_seed(config.train.seed, device_specific=True)  # every rank draws its own dropout
     state = _restore(checkpoint, model, optimizer, loader, accelerator) if checkpoint else TrainState()
@@ -168,7 +168,7 @@ def train(
     )
     _announce(console, config, data, loader, num_steps, optimizer)
     model.train()
-    with _stop_signals() as stop, patched(model, **_patch_options(config, model)) as llama:
+    with _stop_signals() as stop, patched(model, **patch_options(config, model)) as llama:
         clock = StepClock()
         stopped = False
         while state.step < num_steps and not stopped:
@@ -216,16 +216,6 @@ def _set_numerics(config: RunConfig) -> None:
     torch.use_deterministic_algorithms(config.train.deterministic)
 
 
-def _resolve_auto(config: RunConfig, device: torch.device) -> RunConfig:
-    """The configuration with every `auto` replaced by what it chose, so that a resumed run makes the same choice."""
-    try:
-        backend, why = choose_backend(config.kernels.attention, device.type)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    logger.info("attention: %s (%s)", backend, why)
-    return config.model_copy(update={"kernels": config.kernels.model_copy(update={"attention": backend})})
-
-
 def _make_optimizer(config: RunConfig, flat: FlatParameters) -> AdamW:
     return AdamW(
         flat,
@@ -249,13 +239,6 @@ def _make_loader(config: RunConfig, data: TrainingData, pad_token_id: int, accel
         shuffle=config.data.shuffle,
         pad_token_id=pad_token_id,
     )
-
-
-def _patch_options(config: RunConfig, model: nn.Module) -> dict:
-    layers = config.train.gradient_checkpointing
-    num_layers = model.config.num_hidden_layers
-    recompute = {"all": num_layers, "none": 0}.get(layers, layers)
-    return {"attention": config.kernels.attention, "recompute_layers": recompute}
 
 
 def _learning_rate(config: RunConfig, step: int, num_steps: int) -> float:

@@ -1,6 +1,7 @@
-"""Causal attention over packed documents: one signature, several backends.
+"""Causal attention over packed documents: one interface, several backends, and the choice among them.
 
-Shapes: B rows, T slots a row, H query heads, K key/value heads (H a multiple of K), D head dim.
+Shapes: B rows, T slots of all rows together, L slots of one row (T = B * L), H query heads, K key/value heads (H a
+multiple of K), D features of a head.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,73 +21,173 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 class DocumentLayout:
     """Which slots of a micro-batch belong to one document. Made once a micro-batch, shared by every layer.
 
-    document_ids_BT: int32, number of the document within its row, -1 for padding.
-    cu_seqlens: int32 [documents + 1], their bounds in the flattened B*T slots, on the device.
+    document_ids_BL: int32, number of the document within its row, -1 for padding.
+    cu_seqlens: int32 [documents + 1], their bounds in the T slots, on the device.
     max_seqlen: tokens of the longest document, on the host, so that no layer reads it back.
     is_packed: False where every row is one document from its first slot on; plain causal attention is then right, and
         whatever padding sees comes after every real token.
     """
 
-    document_ids_BT: Tensor
+    document_ids_BL: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     is_packed: bool
 
     @cached_property
-    def mask_B1TT(self) -> Tensor:
-        """bool [B, 1, T, T], True where a query (row) may see a key (column): same document, not later."""
-        ids = self.document_ids_BT
+    def mask_B1LL(self) -> Tensor:
+        """bool [B, 1, L, L], True where a query (row) may see a key (column): same document, not later."""
+        ids = self.document_ids_BL
         same = ids[:, None, :, None] == ids[:, None, None, :]
         return same & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
 
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, DocumentLayout, float], Tensor]
+class Attention(Protocol):
+    """A backend. q is [T, H, D], k and v are [T, K, D]; features are adjacent, rows may be strided."""
+
+    def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
+        """softmax(scale * q k^T + mask) v as [T, H, D] in q's dtype, seen by autograd."""
+
+    def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout, scale: float) -> tuple[Tensor, Any]:
+        """The same outside autograd: (out, what backward needs beside q, k and v)."""
+
+    def backward(self, saved: Any, d_out: Tensor, q, k, v, layout, scale: float, dq, dk, dv) -> None:
+        """Fills dq, dk and dv, which are shaped like q, k and v and may be column slices of one buffer."""
 
 
-def _repeat_heads(x_BKTD: Tensor, num_heads: int) -> Tensor:
-    return x_BKTD.repeat_interleave(num_heads // x_BKTD.shape[1], dim=1)
+class DifferentiatedAttention:
+    """A backend made of a function on [B, H, L, D] that autograd differentiates."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor, DocumentLayout, float], Tensor]):
+        self._function = function
+
+    def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
+        num_rows = layout.document_ids_BL.shape[0]
+        q_BHLD, k_BKLD, v_BKLD = (x.unflatten(0, (num_rows, -1)).transpose(1, 2) for x in (q_THD, k_TKD, v_TKD))
+        repeats = q_BHLD.shape[1] // k_BKLD.shape[1]
+        if repeats > 1:
+            k_BKLD, v_BKLD = k_BKLD.repeat_interleave(repeats, dim=1), v_BKLD.repeat_interleave(repeats, dim=1)
+        return self._function(q_BHLD, k_BKLD, v_BKLD, layout, scale).transpose(1, 2).flatten(0, 1)
+
+    def forward(self, q_THD, k_TKD, v_TKD, layout, scale):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q_THD, k_TKD, v_TKD)]
+            out_THD = self(*inputs, layout, scale)
+        return out_THD.detach(), (out_THD, inputs)
+
+    def backward(self, saved, d_out, q, k, v, layout, scale, dq, dk, dv):
+        out_THD, inputs = saved
+        for target, gradient in zip((dq, dk, dv), torch.autograd.grad(out_THD, inputs, d_out), strict=True):
+            target.copy_(gradient)
 
 
-def eager_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
-    """softmax(q k^T * scale + mask) v with the whole score matrix in memory; softmax in fp32 (fp64 for fp64 input).
-
-    Returns [B, H, T, D] in q's dtype. The baseline that the other backends are measured and tested against.
-    """
-    k_BHTD, v_BHTD = _repeat_heads(k_BKTD, q_BHTD.shape[1]), _repeat_heads(v_BKTD, q_BHTD.shape[1])
-    scores = q_BHTD @ k_BHTD.transpose(-1, -2) * scale
-    scores = scores.masked_fill(~layout.mask_B1TT, torch.finfo(scores.dtype).min)
-    softmax_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    return scores.softmax(-1, dtype=softmax_dtype).to(q_BHTD.dtype) @ v_BHTD
+def _eager(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
+    """The whole score matrix in memory, softmax in fp32 (fp64 for fp64): the baseline that the others are held to."""
+    scores = q_BHLD @ k_BHLD.transpose(-1, -2) * scale
+    scores = scores.masked_fill(~layout.mask_B1LL, torch.finfo(scores.dtype).min)
+    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=softmax_dtype).to(q_BHLD.dtype) @ v_BHLD
 
 
-def sdpa_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
-    """`scaled_dot_product_attention`: its causal path for one document a row, a boolean mask for packed documents."""
-    k_BHTD, v_BHTD = _repeat_heads(k_BKTD, q_BHTD.shape[1]), _repeat_heads(v_BKTD, q_BHTD.shape[1])
+def _sdpa(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
+    """PyTorch's fused attention: its causal path for one document a row, a boolean mask for packed documents."""
     if layout.is_packed:
-        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, attn_mask=layout.mask_B1TT, scale=scale)
-    return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=layout.mask_B1LL, scale=scale)
+    return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=True, scale=scale)
 
 
-def cudnn_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
-    """cuDNN's fused causal attention, pinned. One document a row only: ValueError for packed documents."""
+def _cudnn(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
+    """cuDNN's fused causal attention, pinned: one document a row only."""
     if layout.is_packed:
-        raise ValueError("attention 'cudnn' sees one causal sequence a row; packed documents need auto or sdpa")
-    k_BHTD, v_BHTD = _repeat_heads(k_BKTD, q_BHTD.shape[1]), _repeat_heads(v_BKTD, q_BHTD.shape[1])
+        raise ValueError("attention 'cudnn' sees one causal sequence a row; packed documents need auto, varlen or sdpa")
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=True, scale=scale)
 
 
-BACKENDS: dict[str, AttentionFunction] = {
-    "eager": eager_attention,
-    "sdpa": sdpa_attention,
-    "cudnn": cudnn_attention,
-}
+def load_backend(name: str) -> Attention:
+    """The backend of that name. ValueError with the install command where its package is missing."""
+    if name in _DIFFERENTIATED:
+        return DifferentiatedAttention(_DIFFERENTIATED[name])
+    from packloop.kernels import flash_attention
+
+    if name not in flash_attention.BACKENDS:
+        known = ", ".join([*_DIFFERENTIATED, *flash_attention.BACKENDS])
+        raise ValueError(f"attention {name!r}; known: {known}")
+    return flash_attention.BACKENDS[name]()
 
 
-def choose_backend(requested: str, device_type: str) -> tuple[str, str]:
-    """(backend, why) for a requested name or `auto`. ValueError where the requested one cannot run on the device."""
-    if requested == "cudnn" and device_type != "cuda":
-        raise ValueError(f"kernels.attention=cudnn runs on CUDA, and the device is {device_type}; use auto")
+_DIFFERENTIATED = {"eager": _eager, "sdpa": _sdpa, "cudnn": _cudnn}
+
+
+def usable_backends(*, is_packed: bool, dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
+    """Every backend -> None where it can run for these inputs, otherwise why not."""
+    from packloop.kernels import flash_attention
+
+    on_gpu = device.type == "cuda"
+    reasons: dict[str, str | None] = {"eager": None, "sdpa": None, "cudnn": None}
+    if not on_gpu:
+        reasons["cudnn"] = f"needs CUDA, the device is {device.type}"
+    elif is_packed:
+        reasons["cudnn"] = "cannot keep packed documents apart"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        reasons["cudnn"] = f"needs bfloat16, the model is {dtype}"
+    for name in flash_attention.BACKENDS:
+        reasons[name] = flash_attention.why_not(name, dtype=dtype, device=device)
+    return reasons
+
+
+def choose_backend(
+    requested: str,
+    *,
+    is_packed: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    heads: tuple[int, int, int],
+    layout: DocumentLayout | None = None,
+) -> tuple[str, str]:
+    """(backend, why) for a requested name or `auto`. ValueError where the requested one cannot run, with the remedy.
+
+    heads: (H, K, D). `auto` on a GPU times forward and backward of every usable backend on `layout` and takes the
+    fastest; without a layout, or on the CPU, it takes `sdpa`, or torch's varlen attention for packed documents on a
+    GPU.
+    """
+    reasons = usable_backends(is_packed=is_packed, dtype=dtype, device=device)
     if requested != "auto":
+        if reasons.get(requested) is not None:
+            raise ValueError(f"kernels.attention={requested}: {reasons[requested]}; or use kernels.attention=auto")
         return requested, "asked for"
-    return "sdpa", "PyTorch's fused attention, with a document mask where documents are packed"
+    if device.type != "cuda":
+        return "sdpa", "PyTorch's fused attention, with a document mask where documents are packed"
+    usable = [name for name, reason in reasons.items() if reason is None and name != "eager"]
+    if is_packed:
+        usable.remove(
+            "sdpa"
+        )  # its document mask is quadratic in memory and its fused kernels do not skip what it hides
+    if layout is None or len(usable) == 1:
+        preferred = [name for name in ("flash_attn", "varlen", "cudnn", "sdpa") if name in usable]
+        return (preferred or ["sdpa"])[0], "not timed"
+    times_ms = {name: time_backend(name, heads, layout, dtype) for name in usable}
+    best = min(times_ms, key=times_ms.get)
+    listed = ", ".join(f"{name} {ms:.2f} ms" for name, ms in sorted(times_ms.items(), key=lambda item: item[1]))
+    return best, f"fastest forward + backward of one layer: {listed}"
+
+
+def time_backend(
+    name: str, heads: tuple[int, int, int], layout: DocumentLayout, dtype: torch.dtype, repeats: int = 5
+) -> float:
+    """Milliseconds of one forward and backward on random inputs of this layout: median after two warm-ups."""
+    num_heads, num_kv_heads, head_dim = heads
+    num_slots, device = layout.document_ids_BL.numel(), layout.document_ids_BL.device
+    backend, scale = load_backend(name), head_dim**-0.5
+    shapes = [(num_slots, count, head_dim) for count in (num_heads, num_kv_heads, num_kv_heads)]
+    q, k, v = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+    d_out, gradients = torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]
+    laps = []
+    for _ in range(repeats + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        _, saved = backend.forward(q, k, v, layout, scale)
+        backend.backward(saved, d_out, q, k, v, layout, scale, *gradients)
+        end.record()
+        end.synchronize()
+        laps.append(start.elapsed_time(end))
+    return sorted(laps[2:])[repeats // 2]

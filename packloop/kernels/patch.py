@@ -1,10 +1,10 @@
 """Every edit of the Hugging Face Llama, as one context manager.
 
-Inside `patched(model)` two methods of that one instance are ours: `LlamaModel.forward`, which passes the documents'
-layout to the layers, builds fp32 RoPE tables and recomputes activations, and `LlamaAttention.forward`, which calls
-the chosen attention. Both fall through to the stock method when called without a layout (generation, KV cache).
-Nothing is edited on a class, so a second model is untouched, and leaving the context, also by an exception, restores
-the instance.
+Inside `patched(model)` two kinds of methods of that one instance are ours: `LlamaModel.forward`, which passes the
+documents' layout to the layers, builds fp32 RoPE tables, recomputes activations and, with `fused`, runs whole decoder
+layers as one autograd function each; and `LlamaAttention.forward`, which calls the chosen attention. Both fall
+through to the stock method when called without a layout (generation, KV cache). Nothing is edited on a class, so a
+second model is untouched, and leaving the context, also by an exception, restores the instance.
 """
 
 from __future__ import annotations
@@ -20,13 +20,24 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel
 
-from packloop.kernels.attention import BACKENDS, AttentionFunction, DocumentLayout
+from packloop.kernels.adapters import AdapterCopies
+from packloop.kernels.attention import Attention, DocumentLayout, load_backend
+from packloop.kernels.base_weights import GroupWeights
+from packloop.kernels.decoder_layer import GROUPS, Batch, FusedLayer, decoder_layer
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
+from packloop.kernels.lora_linear import Dropout, Lora
+from packloop.kernels.rms_norm import add_rms_norm
 
 # The stock parameters that the replacements rely on. transformers 5.17 to 5.23 have them.
 _EXPECTED_PARAMETERS = {
     LlamaModel: {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"},
     LlamaAttention: {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"},
+}
+_GROUP_MEMBERS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
 }
 
 
@@ -39,23 +50,37 @@ def find_llama(model: nn.Module) -> LlamaForCausalLM:
 
 
 @contextmanager
-def patched(model: nn.Module, *, attention: str, recompute_layers: int = 0) -> Iterator[LlamaForCausalLM]:
+def patched(
+    model: nn.Module,
+    *,
+    attention: str,
+    recompute_layers: int = 0,
+    fused: bool = False,
+    cached_layers: int = 0,
+) -> Iterator[LlamaForCausalLM]:
     """Replaces the forward methods of `model` for the duration of the context and yields the Llama inside it.
 
-    attention: a key of `attention.BACKENDS`. recompute_layers: how many layers, from the first, keep only their input
-    and recompute the rest in the backward pass (0: none). Raises ValueError where a stock signature is not the one
-    expected.
+    attention: a name that `attention.load_backend` knows. recompute_layers: how many layers, from the first, keep
+    only their input and recompute the rest in the backward pass. fused: whole layers as one function; ValueError
+    where `why_not_fused` gives a reason. cached_layers: how many layers, from the first, keep their NF4 weights
+    dequantised (fused only). Raises ValueError where a stock signature is not the one expected.
     """
     llama = find_llama(model)
-    attend = BACKENDS[attention]
+    attend = load_backend(attention)
     attentions = [module for module in llama.modules() if isinstance(module, LlamaAttention)]
     if not attentions:
         raise ValueError("no LlamaAttention found in the model, so there is nothing to replace")
     for module in (llama.model, attentions[0]):
         _check_signature(module)
+    if fused:
+        if reason := why_not_fused(model):
+            raise ValueError(f"kernels.layer=fused: {reason}; use kernels.layer=stock")
+        run_layers = _FusedLayers(llama.model, attend, recompute_layers, cached_layers)
+    else:
+        run_layers = _StockLayers(recompute_layers)
     edited: list[nn.Module] = []
     try:
-        _replace_forward(llama.model, _model_forward(llama.model.forward, recompute_layers))
+        _replace_forward(llama.model, _model_forward(llama.model.forward, run_layers))
         edited.append(llama.model)
         for module in attentions:
             _replace_forward(module, _attention_forward(module.forward, attend))
@@ -66,10 +91,29 @@ def patched(model: nn.Module, *, attention: str, recompute_layers: int = 0) -> I
             del module.forward
 
 
+def why_not_fused(model: nn.Module) -> str | None:
+    """None where the fused layer computes what the model does, otherwise what it has that the fused layer lacks."""
+    llama = find_llama(model)
+    config = llama.config
+    if any(p.requires_grad for name, p in model.named_parameters() if "lora_" not in name):
+        return "it trains adapters only, and this model trains base weights"
+    if config.attention_bias or config.mlp_bias:
+        return "its linear layers have no bias, and this model's have"
+    if config.hidden_act != "silu":
+        return f"its activation is silu, and this model's is {config.hidden_act}"
+    for layer in llama.model.layers:
+        for members in _GROUP_MEMBERS.values():
+            adapters = [_adapter(layer.get_submodule(name)) for name in members]
+            dropouts = {_dropout_probability(layer.get_submodule(name)) for name in members}
+            if len({lora.scaling for lora in adapters if lora}) > 1 or len(dropouts - {None}) > 1:
+                return "adapters on one input share a scaling and a dropout, and this model's differ"
+    return None
+
+
 def packed_loss_sum(
     llama: LlamaForCausalLM,
-    input_ids_BT: Tensor,
-    position_ids_BT: Tensor,
+    input_ids_BL: Tensor,
+    position_ids_BL: Tensor,
     layout: DocumentLayout,
     label_index_N: Tensor,
     label_ids_N: Tensor,
@@ -77,24 +121,127 @@ def packed_loss_sum(
     """Summed cross-entropy of one micro-batch, fp32 scalar. ValueError for a model outside `patched`."""
     if "forward" not in vars(llama.model):
         raise ValueError("packed_loss_sum needs the model inside `patched(model)`")
-    output = llama.model(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False, layout=layout)
+    output = llama.model(input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False, layout=layout)
     hidden_TH = output.last_hidden_state.flatten(0, 1)
     return linear_cross_entropy(hidden_TH, llama.lm_head.weight, label_index_N, label_ids_N)
 
 
-def rope_tables(llama_model: LlamaModel, position_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 (fp64 for an fp64 model) [B, T, D], for the positions; the stock code rounds them to the
-    model's dtype.
-    """
+class _StockLayers:
+    """The stock decoder layers, one after the other, some of them under activation checkpointing."""
+
+    def __init__(self, recompute_layers: int):
+        self._recompute_layers = recompute_layers
+
+    def __call__(self, llama_model: LlamaModel, hidden_BLH: Tensor, position_ids_BL: Tensor, layout: DocumentLayout):
+        arguments = {"position_embeddings": rope_tables(llama_model, position_ids_BL), "layout": layout}
+        for index, layer in enumerate(llama_model.layers):
+            if index < self._recompute_layers and torch.is_grad_enabled():
+                hidden_BLH = checkpoint(layer, hidden_BLH, use_reentrant=False, **arguments)
+            else:
+                hidden_BLH = layer(hidden_BLH, **arguments)
+        return llama_model.norm(hidden_BLH)
+
+
+class _FusedLayers:
+    """The same layers as `decoder_layer` runs them, with the last residual sum fused into the final norm."""
+
+    def __init__(self, llama_model: LlamaModel, attention: Attention, recompute_layers: int, cached_layers: int):
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        norm = llama_model.norm.weight
+        self._adapters = AdapterCopies(norm.dtype, norm.device)
+        self._dropout_p = _dropout_of(llama_model)
+        self._layers = []
+        for index, layer in enumerate(llama_model.layers):
+            fused = _fuse(layer, index, attention, self._adapters, recomputes=index < recompute_layers)
+            if index < cached_layers:
+                for weights in fused.weights.values():
+                    weights.keep()
+            self._layers.append(fused)
+
+    def __call__(self, llama_model: LlamaModel, hidden_BLH: Tensor, position_ids_BL: Tensor, layout: DocumentLayout):
+        self._adapters.refresh()
+        dropout = None
+        if llama_model.training and self._dropout_p > 0.0:
+            # From torch's CPU generator, which checkpoints carry: the mask of a resumed step is the same one.
+            dropout = Dropout(self._dropout_p, int(torch.randint(2**62, ()).item()))
+        cos_PD, sin_PD = self._rope_tables(llama_model, hidden_BLH.shape[1])
+        batch = Batch(layout, cos_PD, sin_PD, position_ids_BL.flatten(), dropout)
+        residual_TH, update_TH = hidden_BLH.flatten(0, 1), None
+        for layer in self._layers:
+            residual_TH, update_TH = decoder_layer(residual_TH, update_TH, layer, batch)
+        norm = llama_model.norm
+        _, normed_TH = add_rms_norm(residual_TH, update_TH, norm.weight, norm.variance_epsilon)
+        return normed_TH.view(hidden_BLH.shape)
+
+    def _rope_tables(self, llama_model: LlamaModel, num_positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [P, D/2] for positions 0 to P - 1, made once for each P."""
+        if num_positions not in self._tables:
+            positions = torch.arange(num_positions, device=llama_model.norm.weight.device)[None]
+            half = slice(None, llama_model.layers[0].self_attn.head_dim // 2)
+            cos, sin = rope_tables(llama_model, positions)
+            self._tables[num_positions] = cos[0, :, half].contiguous(), sin[0, :, half].contiguous()
+        return self._tables[num_positions]
+
+
+def _fuse(
+    layer: nn.Module, index: int, attention: Attention, adapters: AdapterCopies, *, recomputes: bool
+) -> FusedLayer:
+    groups, weights, masters = {}, {}, []
+    for name in GROUPS:
+        modules = [layer.get_submodule(member) for member in _GROUP_MEMBERS[name]]
+        bases = [getattr(module, "base_layer", module) for module in modules]
+        loras = [_adapter(module) for module in modules]
+        groups[name] = adapters.group([base.out_features for base in bases], loras)
+        weights[name] = GroupWeights([base.weight for base in bases], layer.input_layernorm.weight.dtype)
+        masters += [master for lora in loras if lora is not None for master in (lora.a_rH, lora.b_Or)]
+    attn = layer.self_attn
+    return FusedLayer(
+        index=index,
+        num_heads=attn.config.num_attention_heads,
+        num_kv_heads=attn.config.num_key_value_heads,
+        head_dim=attn.head_dim,
+        eps=layer.input_layernorm.variance_epsilon,
+        norm1_H=layer.input_layernorm.weight,
+        norm2_H=layer.post_attention_layernorm.weight,
+        weights=weights,
+        groups=groups,
+        masters=tuple(masters),
+        attention=attention,
+        recomputes=recomputes,
+    )
+
+
+def _adapter(module: nn.Module) -> Lora | None:
+    """The active LoRA adapter of a PEFT layer; None for a layer without one."""
+    if not hasattr(module, "lora_A"):
+        return None
+    (name,) = module.active_adapters
+    return Lora(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+
+
+def _dropout_probability(module: nn.Module) -> float | None:
+    if not hasattr(module, "lora_A"):
+        return None
+    (name,) = module.active_adapters
+    return getattr(module.lora_dropout[name], "p", 0.0)
+
+
+def _dropout_of(llama_model: LlamaModel) -> float:
+    found = (_dropout_probability(module) for module in llama_model.modules())
+    return next((p for p in found if p is not None), 0.0)
+
+
+def rope_tables(llama_model: LlamaModel, position_ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, L, D] of the positions in fp32 (fp64 for an fp64 model), where stock code rounds to its dtype."""
     dtype = torch.promote_types(llama_model.norm.weight.dtype, torch.float32)
-    return llama_model.rotary_emb(torch.empty((), dtype=dtype, device=position_ids_BT.device), position_ids_BT)
+    return llama_model.rotary_emb(torch.empty((), dtype=dtype, device=position_ids_BL.device), position_ids_BL)
 
 
-def apply_rope(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+def apply_rope(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
     """Rotates the two halves of each head by its position's angle, computed in the tables' dtype, rounded once."""
-    x1, x2 = x_BHTD.to(cos_BTD.dtype).chunk(2, dim=-1)
+    x1, x2 = x_BHLD.to(cos_BLD.dtype).chunk(2, dim=-1)
     rotated = torch.cat((-x2, x1), dim=-1)
-    return (x_BHTD * cos_BTD[:, None] + rotated * sin_BTD[:, None]).to(x_BHTD.dtype)
+    return (x_BHLD * cos_BLD[:, None] + rotated * sin_BLD[:, None]).to(x_BHLD.dtype)
 
 
 def _check_signature(module: nn.Module) -> None:
@@ -111,26 +258,19 @@ def _replace_forward(module: nn.Module, forward) -> None:
     module.forward = MethodType(forward, module)
 
 
-def _model_forward(stock_forward, recompute_layers: int):
+def _model_forward(stock_forward, run_layers):
     def forward(
         self: LlamaModel, input_ids=None, position_ids=None, *args, layout: DocumentLayout | None = None, **kwargs
     ):
         if layout is None:
             return stock_forward(input_ids, *args, position_ids=position_ids, **kwargs)
-        hidden_BTH = self.embed_tokens(input_ids)
-        tables = rope_tables(self, position_ids)
-        for index, layer in enumerate(self.layers):
-            arguments = {"position_embeddings": tables, "layout": layout}
-            if index < recompute_layers and torch.is_grad_enabled():
-                hidden_BTH = checkpoint(layer, hidden_BTH, use_reentrant=False, **arguments)
-            else:
-                hidden_BTH = layer(hidden_BTH, **arguments)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BTH))
+        hidden_BLH = run_layers(self, self.embed_tokens(input_ids), position_ids, layout)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_BLH)
 
     return forward
 
 
-def _attention_forward(stock_forward, attend: AttentionFunction):
+def _attention_forward(stock_forward, attend: Attention):
     def forward(
         self: LlamaAttention,
         hidden_states: Tensor,
@@ -143,11 +283,12 @@ def _attention_forward(stock_forward, attend: AttentionFunction):
         if layout is None:
             return stock_forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q_BHTD = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        k_BKTD = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        v_BKTD = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        q_BHTD, k_BKTD = apply_rope(q_BHTD, *position_embeddings), apply_rope(k_BKTD, *position_embeddings)
-        out_BHTD = attend(q_BHTD, k_BKTD, v_BKTD, layout, self.scaling)
-        return self.o_proj(out_BHTD.transpose(1, 2).flatten(-2)), None
+        q_BHLD = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        k_BKLD = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        v_TKD = self.v_proj(hidden_states).view(shape).flatten(0, 1)
+        q_THD = apply_rope(q_BHLD, *position_embeddings).transpose(1, 2).flatten(0, 1)
+        k_TKD = apply_rope(k_BKLD, *position_embeddings).transpose(1, 2).flatten(0, 1)
+        out_THD = attend(q_THD, k_TKD, v_TKD, layout, self.scaling)
+        return self.o_proj(out_THD.flatten(1).view(*hidden_states.shape[:-1], -1)), None
 
     return forward
