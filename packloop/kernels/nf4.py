@@ -38,7 +38,7 @@ _MAX_WORDS = 2**31 - 1
 if triton is not None:
 
     @triton.jit
-    def _dequantize_kernel(
+    def _nf4_dequantize_kernel(
         packed_ptr,
         absmax_ptr,
         absmax_code_ptr,
@@ -97,7 +97,7 @@ def dequantize(
         out = torch.empty(shape, dtype=state.dtype, device=weight.device)
     if tuple(out.shape) != shape or out.stride(-1) != 1:
         raise ValueError(
-            f"out has shape {tuple(out.shape)} and strides {out.stride()}; {shape}, rows adjacent, is needed"
+            f"out has shape {tuple(out.shape)} and strides {out.stride()}; {shape} with adjacent columns is needed"
         )
     packed = weight.detach().reshape(-1).view(torch.uint8)
     row_weights = shape[-1]
@@ -108,7 +108,7 @@ def dequantize(
     if num_words > _MAX_WORDS - _BLOCK_WORDS:
         raise ValueError(f"weight has {num_words * _WORD_WEIGHTS} elements; below 2^34 are needed")
     nested = state.state2 is not None
-    _dequantize_kernel[(triton.cdiv(num_words, _BLOCK_WORDS),)](
+    _nf4_dequantize_kernel[(triton.cdiv(num_words, _BLOCK_WORDS),)](
         packed,
         state.absmax,
         state.state2.code if nested else state.absmax,

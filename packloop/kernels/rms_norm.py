@@ -25,7 +25,7 @@ _WEIGHT_GRADIENT_PROGRAMS_PER_SM = 4
 if triton is not None:
 
     @triton.jit
-    def _forward_kernel(
+    def _rms_norm_forward_kernel(
         residual_ptr,
         update_ptr,
         weight_ptr,
@@ -57,7 +57,7 @@ if triton is not None:
         tl.store(normed_ptr + row * normed_stride + columns, normed, mask=inside)
 
     @triton.jit
-    def _backward_kernel(
+    def _rms_norm_backward_kernel(
         d_normed_ptr,
         d_residual_out_ptr,
         x_ptr,
@@ -147,7 +147,7 @@ def add_rms_norm_forward(
     rstd_T = torch.empty(num_rows, dtype=torch.float32, device=residual_TH.device)
     if num_rows > 0:
         update = residual_TH if update_TH is None else update_TH
-        _forward_kernel[(num_rows,)](
+        _rms_norm_forward_kernel[(num_rows,)](
             residual_TH,
             update,
             weight_H,
@@ -207,7 +207,7 @@ def add_rms_norm_backward(
         rows_per_program = max(triton.cdiv(num_rows, num_programs), 1)
         partial = torch.zeros(num_programs, num_features, dtype=torch.float32, device=rstd_T.device)
     if num_rows > 0:
-        _backward_kernel[(triton.cdiv(num_rows, rows_per_program),)](
+        _rms_norm_backward_kernel[(triton.cdiv(num_rows, rows_per_program),)](
             d_normed_TH,
             through,
             residual_out_TH,

@@ -23,7 +23,7 @@ _BLOCK_I = 1024
 if triton is not None:
 
     @triton.jit
-    def _forward_kernel(
+    def _swiglu_forward_kernel(
         gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, out_stride, num_features, BLOCK_I: tl.constexpr
     ):
         num_blocks = tl.cdiv(num_features, BLOCK_I)
@@ -35,7 +35,7 @@ if triton is not None:
         tl.store(out_ptr + row * out_stride + columns, gate * tl.sigmoid(gate) * up, mask=inside)
 
     @triton.jit
-    def _backward_kernel(
+    def _swiglu_backward_kernel(
         d_hidden_ptr,
         gate_ptr,
         up_ptr,
@@ -84,7 +84,7 @@ def swiglu_forward(gate_TI: Tensor, up_TI: Tensor, *, out: Tensor | None = None)
         return out.copy_(reference.swiglu(gate_TI, up_TI))
     num_rows, num_features = gate_TI.shape
     if num_rows > 0:
-        _forward_kernel[(num_rows * triton.cdiv(num_features, _BLOCK_I),)](
+        _swiglu_forward_kernel[(num_rows * triton.cdiv(num_features, _BLOCK_I),)](
             gate_TI,
             up_TI,
             out,
@@ -128,7 +128,7 @@ def swiglu_backward(
             hidden_out.copy_(product)
         return d_gate.copy_(d_gate_value), d_up.copy_(d_up_value)
     if num_rows > 0:
-        _backward_kernel[(num_rows * triton.cdiv(num_features, _BLOCK_I),)](
+        _swiglu_backward_kernel[(num_rows * triton.cdiv(num_features, _BLOCK_I),)](
             d_hidden_TI,
             gate_TI,
             up_TI,
