@@ -13,6 +13,8 @@ from tiny_run import run_config
 
 from packloop.config import RunConfig
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 # Wall time and what follows from it; every other field of metrics.jsonl is the same in two equal runs.
 TIMING_FIELDS = ("step_ms", "slot_tokens_per_s", "real_tokens_per_s", "label_tokens_per_s", "peak_gib")
 
@@ -76,7 +78,9 @@ def tensors_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> boo
 def run_ranks(script: Path, *arguments: str, num_ranks: int = 2, timeout: float = 240) -> subprocess.CompletedProcess:
     """`script` under torchrun in `num_ranks` processes on the CPU, which talk over gloo."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # The package beside these tests, also where another copy of it is installed.
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True, timeout=timeout
     )

@@ -79,15 +79,14 @@ def plain_losses(base, steps: list[list[torch.Tensor]]) -> list[float]:
 
 
 @pytest.mark.parametrize("packing", ["wrapped", "bfd"])
-def test_100_steps_equal_a_plain_loop(packing, small_base, small_rows, tmp_path, record_property):
+def test_100_steps_equal_a_plain_loop(packing, small_base, small_rows, tmp_path):
     settings = {"max_steps": NUM_STEPS, "learning_rate": LEARNING_RATE, "max_grad_norm": CLIP}
     config = small_config(small_base, small_rows, tmp_path / "run", train=settings, data={"packing": packing})
     train(config)
     ours = [values["loss"] for values in read_steps(tmp_path / "run")]
     plain = plain_losses(small_base, sequences_of_steps(config))
     difference = np.abs(np.array(ours) - np.array(plain))
-    record_property("max", difference.max())
-    record_property("mean", difference.mean())
+    print(f"{packing}: loss differs by at most {difference.max():.1e}, {difference.mean():.1e} in the mean")
     assert plain[-1] < plain[0] - 0.5, "nothing was learnt, so the comparison shows nothing"
     assert difference.max() < 1e-4
     assert difference.mean() < 1e-6
