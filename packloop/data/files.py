@@ -28,8 +28,13 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class Record:
-    place: str  # "line 7" or "row 7", as messages show it
+    place: str  # "line 7" or "row 7 (counting from 0)", as messages show it
     fields: dict[str, Any] | BadRecord
+
+
+def row_place(index: int) -> str:
+    """How messages name a row that has no line of its own."""
+    return f"row {index} (counting from 0)"
 
 
 def read_jsonl(path: Path | Traversable, name: str) -> list[Record]:
@@ -56,8 +61,11 @@ def read_json(path: Path, name: str) -> list[Record]:
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if not isinstance(value, list):
-        raise InputError(f"{name}: a JSON array of objects is needed, given {_kind(value)}; write [{{...}}, {{...}}]")
-    return [Record(f"row {index}", _object(item)) for index, item in enumerate(value)]
+        raise InputError(
+            f"{name}: a JSON array of objects is needed, given {_kind(value)}; "
+            'write [{...}, {...}], or an object whose "data" is that'
+        )
+    return [Record(row_place(index), _object(item)) for index, item in enumerate(value)]
 
 
 def read_csv(path: Path, name: str) -> list[Record]:
@@ -72,15 +80,16 @@ def read_csv(path: Path, name: str) -> list[Record]:
 
 def read_parquet(path: Path, name: str) -> list[Record]:
     """Parquet through pyarrow."""
-    import pyarrow
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        # Not read_table, which takes a directory called a=b for a column.
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = file.read().to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{name}: not a Parquet file that can be read: {reason}; write it again") from None
-    return [Record(f"row {index}", row) for index, row in enumerate(rows)]
+    return [Record(row_place(index), row) for index, row in enumerate(rows)]
 
 
 READERS: dict[str, Callable[[Path, str], list[Record]]] = {

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from packloop.data.files import EXTENSIONS, READERS, BadRecord, Record, read_jsonl
+from packloop.data.files import EXTENSIONS, READERS, BadRecord, Record, read_jsonl, row_place
 from packloop.errors import ConfigError, InputError
 
 BUNDLED = "bundled"
@@ -156,47 +158,62 @@ def load_train_and_eval(
 
 def is_local(source: str) -> bool:
     """Whether `source` means a file: such a source is never looked up on the Hub."""
-    path = Path(source)
+    parent = os.path.dirname(source)
     return (
         source.lower().endswith(FILE_ENDINGS)
         or source.startswith((".", "/", "~"))
         or "\\" in source
-        or path.exists()
-        or ("/" in source and path.parent.is_dir())
+        or os.path.exists(source)
+        or (parent != "" and os.path.isdir(parent))
     )
 
 
 def _read(source: str, split: str, revision: str | None) -> tuple[str, list[Record]]:
     """(name for messages, records) of a source."""
+    if not source.strip():
+        raise ConfigError(f"data.source={source!r}: name a file, a data set on the Hub, or {BUNDLED}")
     if source == BUNDLED:
-        if split not in BUNDLED_SPLITS:
-            raise InputError(f"bundled: it has no split {split!r}; its splits: {', '.join(BUNDLED_SPLITS)}")
-        file = importlib.resources.files("packloop") / "bundled" / "data" / BUNDLED_SPLITS[split]
-        return f"bundled/{split}", read_jsonl(file, f"bundled/{split}")
+        return f"{BUNDLED} ({split})", _read_bundled(split)
     if not is_local(source):
         return f"{source} ({split})", _read_hub(source, split, revision)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        inside = sorted(child.name for child in path.iterdir() if child.suffix.lower() in EXTENSIONS)
-        remedy = f"name a file in it: {', '.join(inside[:5])}" if inside else f"name a {_one_of(EXTENSIONS)} file"
-        raise InputError(f"{source}: this is a directory; {remedy}")
-    if path.suffix.lower() not in EXTENSIONS:
-        raise InputError(
-            f"{source}: files ending in {path.suffix or 'nothing'!r} are not read; "
-            f"save the rows as {_one_of(EXTENSIONS)}" + ("" if path.exists() else " (and no such file exists)")
-        )
-    if not path.exists():
-        near = difflib.get_close_matches(path.name, _names_beside(path), n=1)
-        remedy = f"did you mean {path.with_name(near[0])}?" if near else "check data.source"
-        raise InputError(f"{source}: no such file; {remedy}")
+    return source, _read_file(source)
+
+
+def _read_bundled(split: str) -> list[Record]:
+    if split not in BUNDLED_SPLITS:
+        raise InputError(f"{BUNDLED}: it has no split {split!r}; its splits: {', '.join(BUNDLED_SPLITS)}")
+    file = importlib.resources.files("packloop") / "bundled" / "data" / BUNDLED_SPLITS[split]
     try:
-        return source, READERS[path.suffix.lower()](path, source)
+        return read_jsonl(file, f"{BUNDLED} ({split})")
+    except FileNotFoundError:
+        raise InputError(
+            f"{BUNDLED} ({split}): {file} is missing from this installation; install packloop again"
+        ) from None
+
+
+def _read_file(source: str) -> list[Record]:
+    # os.path rather than Path for the probes: it answers no where a name is too long or a directory is closed.
+    path = Path(os.path.expanduser(source))
+    extension = path.suffix.lower()
+    try:
+        if os.path.isdir(path):
+            inside = sorted(child.name for child in path.iterdir() if child.suffix.lower() in EXTENSIONS)
+            remedy = f"name a file in it: {', '.join(inside[:5])}" if inside else f"name a {_one_of(EXTENSIONS)} file"
+            raise InputError(f"{source}: this is a directory; {remedy}")
+        if extension not in EXTENSIONS:
+            absent = "" if os.path.exists(path) else " (and no such file exists)"
+            raise InputError(
+                f"{source}: files ending in {extension or 'nothing'!r} are not read{absent}; "
+                f"save the rows as {_one_of(EXTENSIONS)}"
+            )
+        if not os.path.exists(path):
+            beside = [child.name for child in path.parent.iterdir()] if os.path.isdir(path.parent) else []
+            near = difflib.get_close_matches(path.name, beside, n=1)
+            remedy = f"did you mean {path.with_name(near[0])}?" if near else "check data.source"
+            raise InputError(f"{source}: no such file; {remedy}")
+        return READERS[extension](path, source)
     except OSError as error:
         raise InputError(f"{source}: it cannot be read: {error.strerror or error}; check its permissions") from None
-
-
-def _names_beside(path: Path) -> list[str]:
-    return [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
 
 
 def _read_hub(source: str, split: str, revision: str | None) -> list[Record]:
@@ -217,7 +234,7 @@ def _read_hub(source: str, split: str, revision: str | None) -> list[Record]:
             f"Hub data set {source!r}, split {split!r}, cannot be loaded: {reason}; check the name, the split, "
             "data.revision and the network (or log in with `hf auth login`), or give a local file"
         ) from None
-    return [Record(f"row {index}", row) for index, row in enumerate(rows)]
+    return [Record(row_place(index), row) for index, row in enumerate(rows)]
 
 
 def _require_columns(name: str, records: list[Record], wanted: list[str], column_of: dict[str, str]) -> None:
@@ -226,7 +243,7 @@ def _require_columns(name: str, records: list[Record], wanted: list[str], column
     if not found:
         first = next((record for record in records if isinstance(record.fields, BadRecord)), None)
         problem = f"{first.place}: {first.fields.reason}" if first else "its rows have no columns"
-        raise InputError(f"{name}, {problem}; no row of it can be read")
+        raise InputError(f"{name}, {problem}; none of its {len(records)} rows can be read, so mend the file")
     missing = [column for column in wanted if column not in found]
     if missing:
         field_of = {column: field_name for field_name, column in column_of.items()}
@@ -279,9 +296,9 @@ def _is_encodable(text: str) -> bool:
 def _shown(value: Any) -> str:
     if value is None:
         return "null"
-    kind = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    text = repr(value)
-    return f"{kind.get(type(value), 'a ' + type(value).__name__)} ({text[:37] + '...' if len(text) > 40 else text})"
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    kind = kinds.get(type(value), f"of type {type(value).__name__}")
+    return f"{kind} ({' '.join(reprlib.repr(value).split())})"
 
 
 def _one_of(names: Sequence[str]) -> str:
