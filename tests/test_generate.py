@@ -19,7 +19,7 @@ from packloop.data.prompts import get_template
 from packloop.data.tokenize import encode_prompt, tokenize_rows
 from packloop.engine.finished_run import open_run
 from packloop.engine.generate import generate_texts, load_run
-from packloop.engine.generate_rows import generate_rows, template_fields
+from packloop.engine.generate_rows import generate_command, template_fields
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.errors import InputError
 from packloop.kernels.patch import find_llama
@@ -291,12 +291,12 @@ def test_the_prompts_own_fields_are_found(template, expected):
 def say(run_dir: Path, *, width: int = 120, terminal: bool = False, **options) -> tuple[list, str]:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
-    return generate_rows(run_dir, console=console, max_new_tokens=5, **options), out.getvalue()
+    return generate_command(run_dir, console=console, max_new_tokens=5, **options), out.getvalue()
 
 
 def test_a_text_is_generated_for_and_shown(run_dir):
-    results, shown = say(run_dir, texts=["the tap leaks", "the oven too"], greedy=True)
-    assert [result.row["response"] for result in results] == ["the tap leaks", "the oven too"]
+    results, shown = say(run_dir, text="the tap leaks", greedy=True)
+    assert [result.row["response"] for result in results] == ["the tap leaks"]
     assert "[1] input\nthe tap leaks\n[1] generated\n" in shown
     assert "ground truth" not in shown
 
@@ -390,12 +390,12 @@ def test_columns_of_the_training_data_are_used_for_a_file_and_its_other_columns_
 
 def test_a_wide_terminal_shows_columns_and_what_a_text_holds_cannot_steer_it(run_dir):
     text = "the \x1b[31mtap\x07 [bold]leaks[/bold]"
-    _, wide = say(run_dir, texts=[text], greedy=True, terminal=True, width=140)
+    _, wide = say(run_dir, text=text, greedy=True, terminal=True, width=140)
     assert "┃ input" in wide
     assert "[bold]leaks[/bold]" in wide
     assert "\x1b[31m" not in wide
     assert "\x07" not in wide
-    _, narrow = say(run_dir, texts=[text], greedy=True, terminal=True, width=60)
+    _, narrow = say(run_dir, text=text, greedy=True, terminal=True, width=60)
     assert "[1] input" in narrow
 
 
@@ -403,9 +403,9 @@ def test_a_wide_terminal_shows_columns_and_what_a_text_holds_cannot_steer_it(run
     ("options", "message"),
     [
         ({}, "one of --text, --file and --sample is needed, given none"),
-        ({"texts": ["a"], "sample": 1}, "given --text and --sample"),
-        ({"texts": ["a"], "field": "body"}, "--field body names a column of --file"),
-        ({"texts": [" "]}, "--text is empty"),
+        ({"text": "a", "sample": 1}, "given --text and --sample"),
+        ({"text": "a", "field": "body"}, "--field body names a column of --file"),
+        ({"text": " "}, "--text is empty"),
         ({"sample": 0}, "--sample 0: at least 1"),
         ({"sample": 1, "batch_size": 0}, "--batch-size 0: at least 1"),
         ({"sample": 1, "temperature": 0.0}, "--greedy takes the likeliest token"),
@@ -419,7 +419,7 @@ def test_a_wide_terminal_shows_columns_and_what_a_text_holds_cannot_steer_it(run
 )
 def test_bad_arguments_are_one_line_with_the_remedy(run_dir, options, message):
     with pytest.raises(InputError, match=message) as caught:
-        generate_rows(run_dir, console=Console(file=io.StringIO()), **options)
+        generate_command(run_dir, console=Console(file=io.StringIO()), **options)
     assert "\n" not in str(caught.value)
 
 
@@ -427,7 +427,7 @@ def test_an_existing_file_is_never_overwritten(run_dir, tmp_path):
     output = tmp_path / "new.jsonl"
     output.write_text("mine\n")
     with pytest.raises(InputError, match="exists and is not overwritten; name another file"):
-        say(run_dir, texts=["a"], output=output)
+        say(run_dir, text="a", output=output)
     assert output.read_text() == "mine\n"
 
 

@@ -198,6 +198,20 @@ def test_the_merged_directory_has_tokenizer_card_and_generation_settings(nf4_run
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_the_cards_snippets_load_the_models(nf4_run, base, tmp_path, monkeypatch):
+    merged = merge(nf4_run, tmp_path / "merged", base="dequantized")
+    monkeypatch.chdir(base.parent)  # a local base is named by its last part
+    for directory in (nf4_run, merged):
+        snippet = (directory / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        names: dict = {}
+        exec(snippet.replace('here = "."', f"here = {str(directory)!r}"), names)
+        with torch.no_grad():
+            logits = names["model"].eval()(INPUT_IDS).logits
+        expected = adapter_logits(nf4_run, quantization="nf4")
+        assert (logits - expected).abs().max() < 1e-5 * expected.std()
+        assert names["tokenizer"].eos_token == "</s>"
+
+
 def test_generation_settings_that_cannot_be_saved_as_they_are_do_not_stop_a_merge(nf4_run, base, tmp_path):
     other = copy_run(base, tmp_path / "base")
     settings = {

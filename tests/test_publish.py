@@ -161,8 +161,6 @@ def test_the_merged_model_is_merged_and_sent_and_the_temporary_directory_removed
     assert {"model.safetensors", "config.json", "README.md", "tokenizer.json"} < hub.files.keys()
     assert "public, for everyone to see" in shown
     assert sorted(path.name for path in run_dir.parent.iterdir()) == beside
-    with pytest.raises(InputError, match="--merged needs --base original or --base dequantized"):
-        say(run_dir, "me/merged", merged=True, yes=True)
 
 
 @pytest.mark.parametrize(("answer", "sent"), [("y\n", True), ("n\n", False), ("\n", False)])

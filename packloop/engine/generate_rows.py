@@ -44,11 +44,11 @@ class TemplateFields:
     response: tuple[str, ...]
 
 
-def generate_rows(
+def generate_command(
     run_dir: str | Path,
     *,
-    texts: Sequence[str] = (),
-    file: str | None = None,
+    text: str | None = None,
+    file: str | Path | None = None,
     field: str | None = None,
     sample: int | None = None,
     max_new_tokens: int = 100,
@@ -60,7 +60,7 @@ def generate_rows(
     output: str | Path | None = None,
     console: Console | None = None,
 ) -> list[Generation]:
-    """Generates for `texts`, for the rows of `file` or for `sample` held-out rows, prints each and returns them.
+    """Generates for `text`, for the rows of `file` or for `sample` held-out rows, prints each and returns them.
 
     file: json, jsonl, csv or parquet; `field` names its column for the template's main prompt field. sample: rows of
     the run's held-out part, or of its training rows, saying so, where it has none; drawn by `seed`. output: a .jsonl
@@ -68,15 +68,16 @@ def generate_rows(
     existing file. Raises InputError (all of it before the model is loaded, but for prompts that are too long).
     """
     console = console or Console()
-    _check_arguments(texts, file, field, sample, temperature, top_p, batch_size, max_new_tokens)
+    _check_arguments(text, file, field, sample, temperature, top_p, batch_size, max_new_tokens)
     target = _check_output(output)
     config = open_run(run_dir).config
     template = get_template(config.data.template)
     fields = template_fields(template)
-    rows = _rows_of_texts(texts, fields, template) if texts else None
-    if file is not None:
-        rows = _rows_of_file(file, field, config.data, template, fields)
-    elif sample is not None:
+    if text is not None:
+        rows = _row_of_text(text, fields, template)
+    elif file is not None:
+        rows = _rows_of_file(str(file), field, config.data, template, fields)
+    else:
         rows, note = _sampled_rows(config.data, config.train.seed, template, sample, seed)
         console.print(Text(note), soft_wrap=True)
     for skipped in rows.skipped:
@@ -184,10 +185,8 @@ def _pair(result: Generation, fields: TemplateFields) -> tuple[str, str]:
     return given, result.generated
 
 
-def _check_arguments(texts, file, field, sample, temperature, top_p, batch_size, max_new_tokens) -> None:
-    given = [
-        name for name, value in (("--text", texts), ("--file", file), ("--sample", sample)) if value not in (None, ())
-    ]
+def _check_arguments(text, file, field, sample, temperature, top_p, batch_size, max_new_tokens) -> None:
+    given = [name for name, value in (("--text", text), ("--file", file), ("--sample", sample)) if value is not None]
     if len(given) != 1:
         raise InputError(f"one of --text, --file and --sample is needed, given {' and '.join(given) or 'none'}")
     if file is not None and Path(file).suffix.lower() not in EXTENSIONS:
@@ -220,17 +219,17 @@ def _check_output(output: str | Path | None) -> Path | None:
     return path
 
 
-def _rows_of_texts(texts: Sequence[str], fields: TemplateFields, template: Template) -> Rows:
+def _row_of_text(text: str, fields: TemplateFields, template: Template) -> Rows:
     others = [name for name in fields.prompt if name != fields.main and name in template.fields]
     if others:
         raise InputError(
             f"--text fills one field, and the run's prompt needs {fields.main}, {', '.join(others)}; "
             "give a --file with those"
         )
-    if any(not text.strip() for text in texts):
+    if not text.strip():
         raise InputError("--text is empty; give the text to generate for")
     empty = dict.fromkeys(fields.prompt, "")
-    return Rows(rows=[{**empty, fields.main: text} for text in texts], row_ids=list(range(len(texts))))
+    return Rows(rows=[{**empty, fields.main: text}], row_ids=[0])
 
 
 def _rows_of_file(file: str, field: str | None, data: DataConfig, template: Template, fields: TemplateFields) -> Rows:

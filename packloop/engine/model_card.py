@@ -124,19 +124,15 @@ def _about(config: RunConfig, kind: Kind, base: str | None) -> str:
 
 def _snippet(config: RunConfig, kind: Kind, is_hub_model: bool) -> str:
     dtype = f"torch.{config.model.dtype}"
+    here = 'here = "."  # this directory, or the name of this repository'
+    load_tokenizer = "tokenizer = AutoTokenizer.from_pretrained(here)"
     if kind != "adapter":
-        return (
-            "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'here = "."  # this directory or repository\n'
-            f"model = AutoModelForCausalLM.from_pretrained(here, dtype={dtype})\n"
-            "tokenizer = AutoTokenizer.from_pretrained(here)"
-        )
+        lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", "", here]
+        lines += [f"model = AutoModelForCausalLM.from_pretrained(here, dtype={dtype})", load_tokenizer]
+        return "\n".join(lines)
     source, revision, quantized = config.model.name_or_path, "", config.model.quantization == "nf4"
-    lines = [
-        "import torch",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-    ]
+    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
+    lines = ["import torch", "from peft import PeftModel", f"from transformers import {imports}"]
     if source == "bundled":
         lines += ["from packloop.engine.model import resolve_name", "", 'base = resolve_name("bundled")']
     elif is_hub_model:
@@ -153,10 +149,10 @@ def _snippet(config: RunConfig, kind: Kind, is_hub_model: bool) -> str:
         ]
     quantization = ", quantization_config=nf4" if quantized else ""
     lines += [
-        'here = "."  # this directory or repository',
+        here,
         f"model = AutoModelForCausalLM.from_pretrained(base{revision}, dtype={dtype}{quantization})",
         "model = PeftModel.from_pretrained(model, here)",
-        "tokenizer = AutoTokenizer.from_pretrained(here)",
+        load_tokenizer,
     ]
     return "\n".join(lines)
 

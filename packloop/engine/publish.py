@@ -58,7 +58,7 @@ def push(
     repo_id: str,
     *,
     merged: bool = False,
-    base: str | None = None,
+    base: str = "original",
     private: bool = False,
     metrics: bool = False,
     yes: bool = False,
@@ -73,10 +73,7 @@ def push(
     console = console or Console()
     _check_repo_id(repo_id)
     run_dir = Path(run_dir)
-    if not merged:
-        files = files_to_upload(run_dir, metrics=metrics)
-    elif base is None:
-        raise InputError("--merged needs --base original or --base dequantized: which weights the adapter goes into")
+    files = [] if merged else files_to_upload(run_dir, metrics=metrics)
     token = get_token()
     if token is None:
         raise InputError("no Hugging Face token is found; log in with `hf auth login` or set HF_TOKEN, then push again")
