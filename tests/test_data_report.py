@@ -59,10 +59,10 @@ def test_stats_literal(made):
     begin = lines.index("4 rows")
     assert lines[begin : begin + 8] == [
         "4 rows",
-        "1 rows skipped field 'q' is a number (row 3)",
-        "1 documents dropped no label token in the part that max_length keeps (row 2)",
+        "1 row skipped field 'q' is a number (row 3)",
+        "1 document dropped no label token in the part that max_length keeps (row 2)",
         "34 tokens dropped with those documents",
-        "1 rows truncated 4 tokens past max_length cut off",
+        "1 row truncated 3 tokens past max_length cut off",
         "3 documents 29 tokens",
         "11 label tokens 37.9% of the tokens",
         "2 packs 90.62% full",
@@ -96,11 +96,11 @@ def test_histogram_counts_every_document(made):
 def test_stats_of_split_and_dropped_rows(made):
     rows = [{"q": "q", "a": "a" * 40}, {"q": "q", "a": "a"}]
     data, config = made(rows, on_long_row="split")
-    assert "1 rows split 2 label tokens begin a later piece and are not predicted" in " ".join(
+    assert "1 row split 2 label tokens begin a later piece and are not predicted" in " ".join(
         shown(render_stats(data, config, seed=0)).split()
     )
     data, config = made(rows, on_long_row="drop")
-    assert "1 documents dropped longer than max_length (row 0)" in " ".join(
+    assert "1 document dropped longer than max_length (row 0)" in " ".join(
         shown(render_stats(data, config, seed=0)).split()
     )
 

@@ -129,30 +129,37 @@ def _summary(
     table.add_column()
     table.add_column(style="dim", overflow="fold")
 
-    def line(number: int, what: str, remark: str = "") -> None:
+    def line(number: int, noun: str, remark: str = "", *, became: str = "") -> None:
+        what = f"{noun}{'' if number == 1 else 's'} {became}".rstrip()
         table.add_row(f"{number:,}", what, Text(_printable(remark)))
 
     num_slots = int(packs.pack_tokens.sum()) if config.packing == "none" else packs.num_packs * config.max_length
     num_labels = count_labels(documents, packs, config.packing)
-    line(report.num_rows, "rows")
+    line(report.num_rows, "row")
     for reason, rows in _by_reason(skipped).items():
-        line(len(rows), "rows skipped", f"{reason} ({_named(rows)})")
+        line(len(rows), "row", f"{reason} ({_named(rows)})", became="skipped")
     for reason, rows in report.dropped_row_ids.items():
-        line(len(rows), "documents dropped", f"{reason} ({_named(rows)})")
+        line(len(rows), "document", f"{reason} ({_named(rows)})", became="dropped")
     if report.tokens_dropped:
-        line(report.tokens_dropped, "tokens dropped", "with those documents")
+        line(report.tokens_dropped, "token", "with those documents", became="dropped")
     if report.num_truncated:
-        line(report.num_truncated, "rows truncated", f"{report.tokens_truncated:,} tokens past max_length cut off")
+        line(
+            report.num_truncated,
+            "row",
+            f"{report.tokens_truncated:,} tokens past max_length cut off",
+            became="truncated",
+        )
     if report.num_split:
         line(
             report.num_split,
-            "rows split",
+            "row",
             f"{report.label_tokens_lost_to_split:,} label tokens begin a later piece and are not predicted",
+            became="split",
         )
-    line(report.num_documents, "documents", f"{report.num_tokens:,} tokens")
-    line(num_labels, "label tokens", f"{num_labels / max(1, report.num_tokens):.1%} of the tokens")
+    line(report.num_documents, "document", f"{report.num_tokens:,} tokens")
+    line(num_labels, "label token", f"{num_labels / max(1, report.num_tokens):.1%} of the tokens")
     fill = "one document each" if config.packing == "none" else f"{report.num_tokens / max(1, num_slots):.2%} full"
-    line(packs.num_packs, "packs", fill)
+    line(packs.num_packs, "pack", fill)
     return table
 
 
