@@ -7,7 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,9 +134,6 @@ def train(
     run_dir = Path(config.train.output_dir)
     check_output_dir(run_dir, resume=resume)
     check_trackers(config.log.trackers)
-    checkpoint = find_checkpoint(run_dir, resume) if resume else None
-    if checkpoint:
-        config = config_for_resume(config, checkpoint.path)
     _set_numerics(config)
     accelerator = Accelerator(
         mixed_precision="no",
@@ -145,6 +142,11 @@ def train(
         log_with=config.log.trackers or None,
         project_dir=run_dir,
     )
+    checkpoint = None
+    if resume:
+        with accelerator.main_process_first():  # which sets damaged checkpoints aside, so that the others find none
+            checkpoint = find_checkpoint(run_dir, resume)
+        config = config_for_resume(config, checkpoint.path)
 
     tokenizer = load_tokenizer(config.model)
     data = build_data(config.data, tokenizer, seed=config.train.seed)
@@ -168,7 +170,12 @@ def train(
     )
     _announce(console, config, data, loader, num_steps, optimizer)
     model.train()
-    with _stop_signals() as stop, patched(model, **patch_options(config, model)) as llama:
+    with (
+        closing(metrics),
+        closing(console),  # or an error would leave a terminal with the bar's hidden cursor
+        _stop_signals() as stop,
+        patched(model, **patch_options(config, model)) as llama,
+    ):
         clock = StepClock()
         stopped = False
         while state.step < num_steps and not stopped:
@@ -198,8 +205,6 @@ def train(
             if _due(config.checkpoint.every, state, loader) or stopped or last:
                 _save(run_dir, config, model, optimizer, state, accelerator)
             clock.restart()  # evaluation and saving are not part of the next step
-    console.close()
-    metrics.close()
     if accelerator.is_main_process:
         write_weights(run_dir, model)
         write_adapter_card(run_dir, config)
