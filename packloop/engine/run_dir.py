@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from peft import PeftModel
-from safetensors.torch import save_file, save_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -66,7 +66,7 @@ def write_weights(directory: Path, model: nn.Module) -> None:
         adapter.save_pretrained(directory)
         adapter.inference_mode = was_inference
     else:
-        save_model(model, str(directory / "model.safetensors"), metadata={"format": "pt"})
+        save_file(trained_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
         was_cached, model.config.use_cache = model.config.use_cache, True
         model.config.save_pretrained(directory)
         model.config.use_cache = was_cached
