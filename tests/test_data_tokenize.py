@@ -151,6 +151,15 @@ def test_row08_truncation_at_one_less_equal_and_one_more(byte_tokenizer, loss_on
         assert (EOS in labels) == (length_limit >= len(whole))
 
 
+@pytest.mark.parametrize("on_long_row", ["truncate", "split", "drop", "error"])
+def test_row08_a_document_of_exactly_max_length_is_not_a_long_one(byte_tokenizer, on_long_row):
+    documents, report = tokenized(
+        byte_tokenizer, rows_of({"q": "q", "a": "xyz"}), max_length=7, on_long_row=on_long_row
+    )
+    assert ids_of(documents, 0) == [BOS, *ids("q:xyz"), EOS]
+    assert (report.num_truncated, report.num_split, report.tokens_dropped) == (0, 0, 0)
+
+
 def test_truncation_that_leaves_no_label_drops_the_row(byte_tokenizer):
     rows = rows_of({"q": "long question", "a": "x"}, {"q": "q", "a": "x"})
     documents, report = tokenized(byte_tokenizer, rows, loss_on="response", max_length=8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -171,7 +171,7 @@ def decode_response(tokenizer: Any, prompt_ids: Sequence[int], response_ids: Seq
     return whole[len(tokenizer.decode(list(prompt_ids), **options)) :]
 
 
-def _encode(rows: Rows, template: Template, tokenizer: Any):
+def _encode(rows: Rows, template: Template, tokenizer: Any) -> Iterator[tuple[int, np.ndarray, int]]:
     """Yield (row id, int32 token ids of the whole document, number of its tokens that are prompt, BOS included)."""
     bos, eos = _bos(tokenizer), [tokenizer.eos_token_id]
     continuation = _Continuation(tokenizer)
