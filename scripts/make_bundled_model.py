@@ -1,0 +1,108 @@
+"""Makes the bundled tokenizer and base model: `python scripts/make_bundled_model.py [WORK_DIRECTORY]`.
+
+Trains a byte-level BPE tokenizer and, from random weights, a small Llama with packloop's own loop as
+`recipes/bundled-base.yaml` says, and writes both into `packloop/bundled/model`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from make_bundled_base_text import ENTITY_WORDS, base_rows
+from make_bundled_data import bundled_examples
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from packloop.config import load_config
+from packloop.data.prompts import get_template
+from packloop.engine.loop import train
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL_DIRECTORY = ROOT / "packloop" / "bundled" / "model"
+NUM_ROWS = 32_000
+SEED = 7
+PAD, BOS, EOS = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
+
+ARCHITECTURE = {
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE: any text comes back exactly. BOS is put in front, as Llama's tokenizers do."""
+    template = get_template("instruction_from_response")
+    rows = [example.row() for example in bundled_examples()[0]]
+    texts = [template.render_prompt(row) + template.render_response(row) for row in rows]
+    texts += [row["text"] for row in base_rows(500, SEED, set())]
+    # A name that is one token is found and copied in one step, which is much of what so small a model can do.
+    texts += [f" {' '.join(ENTITY_WORDS)}"] * 60
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=ARCHITECTURE["vocab_size"],
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=ARCHITECTURE["max_position_embeddings"],
+    )
+
+
+def write_start(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A Llama of random weights, and its tokenizer."""
+    config = LlamaConfig(
+        **ARCHITECTURE,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(SEED)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def main(work: Path) -> None:
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    tokenizer = make_tokenizer()
+    write_start(work / "start", tokenizer)
+    held_out = {example.combination for example in bundled_examples()[1]}
+    with (work / "text.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for row in base_rows(NUM_ROWS, SEED, held_out):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    start = time.perf_counter()
+    train(load_config(ROOT / "recipes" / "bundled-base.yaml"))
+    print(f"trained in {(time.perf_counter() - start) / 60:.1f} minutes")
+    # bfloat16: NF4 rounds the linear layers far more coarsely, and two bytes a weight are small to carry.
+    model = LlamaForCausalLM.from_pretrained(work / "run", dtype=torch.bfloat16)
+    model.save_pretrained(MODEL_DIRECTORY)
+    tokenizer.save_pretrained(MODEL_DIRECTORY)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "bundled-base")
