@@ -109,7 +109,7 @@ def train_step(
     loss_sum, labels, slots, real, stop_votes, gradient_norm = sums.tolist()
     grad_norm = gradient_norm / max(labels, 1.0)
     if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-        raise _non_finite(losses, micros, accelerator)
+        raise _non_finite(llama, flat, losses, micros, accelerator)
     clip = min(1.0, max_grad_norm / (grad_norm + 1e-6))
     flat.gradient.mul_(clip / max(labels, 1.0))
     optimizer.step(learning_rate)
@@ -337,13 +337,21 @@ def _announce(
     )
 
 
-def _non_finite(losses: list[torch.Tensor], micros: list[Batch], accelerator: Accelerator) -> NonFiniteError:
+def _non_finite(
+    llama: nn.Module, flat: FlatParameters, losses: list[torch.Tensor], micros: list[Batch], accelerator: Accelerator
+) -> NonFiniteError:
+    """The error that names the rows of the micro-batches at fault, on whichever rank they are."""
     finite = torch.stack(losses).isfinite().tolist()
-    rows = [row for ok, batch in zip(finite, micros, strict=True) if not ok for row in batch.row_ids]
-    where = gather_object([(accelerator.process_index, sorted(set(rows)))])
+    if all(finite):  # then it is a gradient: each micro-batch's alone tells whose
+        for index, batch in enumerate(micros):
+            flat.zero_gradient()
+            packed_loss_sum(llama, *to_device(batch, accelerator.device)).backward()
+            finite[index] = math.isfinite(flat.gradient.norm().item())
+    rows = {row for ok, batch in zip(finite, micros, strict=True) if not ok for row in batch.row_ids}
+    where = gather_object([(accelerator.process_index, sorted(rows))])
     named = "; ".join(f"rank {rank}: rows {ids}" for rank, ids in where if ids)
     return NonFiniteError(
-        f"the loss or its gradient is not finite ({named or 'every loss is finite, the gradient is not'}); "
+        f"the loss or its gradient is not finite ({named or 'only in the sum over the micro-batches'}); "
         "the optimizer did not step; look at those rows, or lower train.learning_rate, "
         "and continue with --resume latest"
     )
