@@ -193,9 +193,9 @@ def test_bfd_is_fast_and_full_on_lengths_like_dollys():
     order = np.random.default_rng(0).permutation(len(lengths))
     seconds = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = time.process_time()
         packs = pack_bfd(lengths, 2048, order)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
     assert lengths.sum() / (packs.num_packs * 2048) >= 0.995
     assert packs.num_packs <= -(-lengths.sum() // 2048) * 1.005
     assert min(seconds) < 0.3
@@ -205,14 +205,14 @@ def test_bfd_is_fast_and_full_on_lengths_like_dollys():
 def test_bfd_is_fast_on_even_spread_lengths(max_length):
     """The hardest case for grouping by length: hardly two documents or rooms alike."""
     lengths = np.random.default_rng(1).integers(1, max_length + 1, 100_000)
-    begin = time.perf_counter()
+    begin = time.process_time()
     packs = pack_bfd(lengths, max_length, np.arange(len(lengths)))
-    assert time.perf_counter() - begin < 1.5
+    assert time.process_time() - begin < 1.5
     assert lengths.sum() / (packs.num_packs * max_length) > 0.99
 
 
 def test_wrapped_is_fast():
     lengths = dolly_like_lengths(100_000)
-    begin = time.perf_counter()
+    begin = time.process_time()
     pack_wrapped(lengths, 2048, np.random.default_rng(0).permutation(len(lengths)))
-    assert time.perf_counter() - begin < 0.3
+    assert time.process_time() - begin < 0.3
