@@ -25,6 +25,10 @@ except ModuleNotFoundError:  # a CPU-only torch comes without Triton; reference.
 _BLOCK_ELEMENTS = 4096
 # The products hold all ranks of a group in one block.
 MAX_RANKS = 256
+# Blocks of features for which one program of the input gradient keeps its tokens' d_projected.
+_INPUT_GRADIENT_STEPS = 8
+# Programs that the weight gradient's tokens are split for: two for each multiprocessor of an H100.
+_WEIGHT_GRADIENT_PROGRAMS = 256
 
 if triton is not None:
     _ROUNDS = tl.constexpr(reference.PHILOX_ROUNDS)
@@ -121,34 +125,40 @@ if triton is not None:
         d_projected_stride,
         a_stride,
         dx_stride,
+        features_per_program,
+        STAGES: tl.constexpr,
         SEED_ON_DEVICE: tl.constexpr,
         BLOCK_T: tl.constexpr,
         BLOCK_H: tl.constexpr,
         BLOCK_R: tl.constexpr,
     ):
-        num_blocks = tl.cdiv(num_features, BLOCK_H)
-        tokens = (tl.program_id(0) // num_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
-        first = (tl.program_id(0) % num_blocks) * BLOCK_H
-        features = first + tl.arange(0, BLOCK_H)
+        num_parts = tl.cdiv(num_features, features_per_program)
+        tokens = (tl.program_id(0) // num_parts) * BLOCK_T + tl.arange(0, BLOCK_T)
+        start = (tl.program_id(0) % num_parts) * features_per_program
         ranks = tl.arange(0, BLOCK_R)
         rows = tokens.to(tl.int64)
-        inside = (tokens < num_tokens)[:, None] & (features < num_features)[None, :]
-        dx_ptrs = dx_ptr + rows[:, None] * dx_stride + features[None, :]
-        dx = tl.load(dx_ptrs, mask=inside, other=0.0)
+        seed = _load_seed(seed, SEED_ON_DEVICE)
+        row_groups = rows[:, None] * (num_features // 8) + tl.arange(0, BLOCK_H // 8)[None, :]
         d_projected = tl.load(
             d_projected_ptr + rows[:, None] * d_projected_stride + ranks[None, :],
             mask=(tokens < num_tokens)[:, None] & (ranks < num_ranks)[None, :],
             other=0.0,
         )
-        a = tl.load(
-            a_ptr + ranks[:, None].to(tl.int64) * a_stride + features[None, :],
-            mask=(ranks < num_ranks)[:, None] & (features < num_features)[None, :],
-            other=0.0,
-        )
-        product = tl.dot(d_projected, a, input_precision="ieee")
-        groups = rows[:, None] * (num_features // 8) + (first // 8 + tl.arange(0, BLOCK_H // 8))[None, :]
-        kept = _kept(groups, _load_seed(seed, SEED_ON_DEVICE), stream, threshold, [BLOCK_T, BLOCK_H])
-        tl.store(dx_ptrs, dx.to(tl.float32) + tl.where(kept, product, 0.0), mask=inside)
+        stop = tl.minimum(start + features_per_program, num_features)
+        # Stages named on the loop make dx's loads run ahead too, not only those of the product's operands.
+        for first in tl.range(start, stop, BLOCK_H, num_stages=STAGES):
+            features = first + tl.arange(0, BLOCK_H)
+            inside = (tokens < num_tokens)[:, None] & (features < num_features)[None, :]
+            dx_ptrs = dx_ptr + rows[:, None] * dx_stride + features[None, :]
+            dx = tl.load(dx_ptrs, mask=inside, other=0.0)
+            a = tl.load(
+                a_ptr + ranks[:, None].to(tl.int64) * a_stride + features[None, :],
+                mask=(ranks < num_ranks)[:, None] & (features < num_features)[None, :],
+                other=0.0,
+            )
+            product = tl.dot(d_projected, a, input_precision="ieee")
+            kept = _kept(row_groups + first // 8, seed, stream, threshold, [BLOCK_T, BLOCK_H])
+            tl.store(dx_ptrs, dx.to(tl.float32) + tl.where(kept, product, 0.0), mask=inside)
 
     @triton.jit(do_not_specialize=["seed", "stream", "threshold"])
     def _weight_gradient_kernel(
@@ -262,6 +272,13 @@ def _block_ranks(num_ranks: int) -> int:
     return max(triton.next_power_of_2(num_ranks), 16)
 
 
+def _blocks(x: Tensor, block_r: int, usual: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Tokens, features and warps a block: `usual` for 16-bit inputs; what fits 99 KiB of shared memory for the rest."""
+    if x.element_size() > 2:
+        return 32, 32, 4
+    return usual if block_r <= 128 else (64, 64, 8)
+
+
 def dropout_project(
     x_TH: Tensor,
     a_RH: Tensor,
@@ -281,7 +298,7 @@ def dropout_project(
     num_ranks = a_RH.shape[0]
     out_TR = torch.empty(num_tokens, num_ranks, dtype=x_TH.dtype, device=x_TH.device) if out is None else out
     block_r = _block_ranks(num_ranks)
-    block_t, block_h = (64, 64) if x_TH.element_size() == 2 else (32, 32)
+    block_t, block_h, num_warps = _blocks(x_TH, block_r, (128, 64, 8) if num_tokens >= 16384 else (64, 64, 4))
     _project_kernel[(triton.cdiv(num_tokens, block_t),)](
         x_TH,
         a_RH,
@@ -300,7 +317,7 @@ def dropout_project(
         BLOCK_T=block_t,
         BLOCK_H=block_h,
         BLOCK_R=block_r,
-        num_warps=4 if block_r <= 128 else 8,
+        num_warps=num_warps,
         num_stages=3,
     )
     return out_TR
@@ -320,8 +337,9 @@ def dropout_add_input_gradient_(
     num_tokens, num_features = dx_TH.shape
     num_ranks = a_RH.shape[0]
     block_r = _block_ranks(num_ranks)
-    block_t, block_h = (64, 128 if block_r <= 128 else 64) if dx_TH.element_size() == 2 else (32, 32)
-    _add_input_gradient_kernel[(triton.cdiv(num_tokens, block_t) * triton.cdiv(num_features, block_h),)](
+    block_t, block_h, num_warps = _blocks(dx_TH, block_r, (64, 64, 8))
+    features_per_program = _INPUT_GRADIENT_STEPS * block_h
+    _add_input_gradient_kernel[(triton.cdiv(num_tokens, block_t) * triton.cdiv(num_features, features_per_program),)](
         d_projected_TR,
         a_RH,
         dx_TH,
@@ -334,12 +352,13 @@ def dropout_add_input_gradient_(
         d_projected_TR.stride(0),
         a_RH.stride(0),
         dx_TH.stride(0),
+        features_per_program,
+        STAGES=3 if block_r <= 128 else 2,
         SEED_ON_DEVICE=seed_on_device,
         BLOCK_T=block_t,
         BLOCK_H=block_h,
         BLOCK_R=block_r,
-        num_warps=4,
-        num_stages=1,
+        num_warps=num_warps,
     )
     return dx_TH
 
@@ -355,10 +374,10 @@ def dropout_weight_gradient(
     num_tokens, num_features = x_TH.shape
     num_ranks = d_projected_TR.shape[1]
     block_r = _block_ranks(num_ranks)
-    block_t, block_h = (64, 64) if x_TH.element_size() == 2 else (32, 32)
+    block_t, block_h, num_warps = _blocks(x_TH, block_r, (64, 128, 8))
     num_blocks = triton.cdiv(num_features, block_h)
     # Enough programs to fill a GPU, few enough that the partial sums stay small beside x, each with 8 steps or more.
-    num_splits = max(min(triton.cdiv(512, num_blocks), num_tokens // (8 * block_t)), 1)
+    num_splits = max(min(triton.cdiv(_WEIGHT_GRADIENT_PROGRAMS, num_blocks), num_tokens // (8 * block_t)), 1)
     tokens_per_split = triton.cdiv(triton.cdiv(num_tokens, num_splits), block_t) * block_t
     num_splits = triton.cdiv(num_tokens, tokens_per_split) if num_tokens > 0 else 1
     partial = torch.empty(num_splits, num_ranks, num_features, dtype=torch.float32, device=x_TH.device)
@@ -379,7 +398,7 @@ def dropout_weight_gradient(
         BLOCK_T=block_t,
         BLOCK_H=block_h,
         BLOCK_R=block_r,
-        num_warps=4 if block_r <= 128 else 8,
+        num_warps=num_warps,
         num_stages=3,
     )
     return partial[0] if num_splits == 1 else partial.sum(0)
