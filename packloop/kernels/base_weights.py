@@ -1,6 +1,6 @@
 """The frozen weights of a layer as its products take them: joined by input, dequantised when needed or kept dense.
 
-Shapes: O output features of a member, H input features.
+Shapes: O output features of a member or group, H input features, R ranks of a group's adapters.
 """
 
 from __future__ import annotations
@@ -10,51 +10,68 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from packloop.kernels.lora_linear import ExtendedWeight, LoraGroup
 from packloop.kernels.nf4 import dequantize
+
+# Adapters join the weight's own product where their columns keep its rows aligned to 16 bytes.
+_RANK_ALIGNMENT = 8
 
 
 class GroupWeights:
-    """The base weights of linear layers that share an input, called for their dense rows in order.
+    """The base weights of linear layers that share an input, called for what the group's products take.
 
-    NF4 members are dequantised into the rows of one new buffer, so that the group is one product; dense members are
-    returned as they are. `keep()` stores the dequantised buffer, so that later calls cost nothing: same values, same
-    results.
+    NF4 members are dequantised into the rows of one new buffer, so that the group is one product; with `extends` the
+    adapters lie beside them in it (`ExtendedWeight`). Dense members are returned as they are, one product each.
+    `keep()` stores the buffer, so that later calls cost nothing: same values, same results.
     """
 
-    def __init__(self, members: Sequence[Tensor], dtype: torch.dtype):
-        self._members, self._dtype, self._kept = list(members), dtype, None
-        self._is_nf4 = [hasattr(weight, "quant_state") for weight in members]
-        if any(self._is_nf4) != all(self._is_nf4):
+    def __init__(self, members: Sequence[Tensor], group: LoraGroup, dtype: torch.dtype, *, extends: bool = False):
+        is_nf4 = [hasattr(weight, "quant_state") for weight in members]
+        if any(is_nf4) != all(is_nf4):
             raise ValueError("a group of linear layers is either all NF4 or all dense; this one is mixed")
-
-    @property
-    def is_quantised(self) -> bool:
-        return self._is_nf4[0]
+        self._members, self._group, self._dtype = list(members), group, dtype
+        self.is_quantised = is_nf4[0]
+        num_ranks = 0 if group.a_RH is None else group.a_RH.shape[0]
+        self.extends = extends and self.is_quantised and num_ranks > 0 and num_ranks % _RANK_ALIGNMENT == 0
+        self._num_ranks = num_ranks if self.extends else 0
+        self._kept: list[Tensor] | ExtendedWeight | None = None
 
     @property
     def dense_bytes(self) -> int:
         """Memory that `keep()` takes; 0 for dense members."""
-        itemsize = torch.empty((), dtype=self._dtype).element_size()
-        return sum(rows * columns for rows, columns in self._shapes()) * itemsize if self.is_quantised else 0
+        if not self.is_quantised:
+            return 0
+        rows, columns = self._buffer_shape()
+        return rows * columns * torch.empty((), dtype=self._dtype).element_size()
 
-    def __call__(self) -> list[Tensor]:
+    def __call__(self) -> list[Tensor] | ExtendedWeight:
         if self._kept is not None:
             return self._kept
         if not self.is_quantised:
             return self._members
-        shapes = self._shapes()
-        joined = torch.empty(
-            sum(rows for rows, _ in shapes), shapes[0][1], dtype=self._dtype, device=self._members[0].device
-        )
+        num_features = self._members[0].quant_state.shape[1]
+        buffer = torch.empty(self._buffer_shape(), dtype=self._dtype, device=self._members[0].device)
         row = 0
-        for weight, (num_rows, _) in zip(self._members, shapes, strict=True):
-            dequantize(weight, out=joined[row : row + num_rows])
+        for weight in self._members:
+            num_rows = weight.quant_state.shape[0]
+            dequantize(weight, out=buffer[row : row + num_rows, :num_features])
             row += num_rows
-        return [joined]
+        if not self.extends:
+            return [buffer]
+        buffer[:row, num_features:].zero_()
+        extended = ExtendedWeight(buffer, self._group.out_features, num_features)
+        extended.write_adapters(self._group)
+        return extended
 
     def keep(self) -> None:
         """Dequantises once and for all."""
         self._kept = self()
 
-    def _shapes(self) -> list[tuple[int, int]]:
-        return [tuple(weight.quant_state.shape if self.is_quantised else weight.shape) for weight in self._members]
+    def refresh(self) -> None:
+        """Brings the adapters in a kept buffer up to date with the group."""
+        if isinstance(self._kept, ExtendedWeight):
+            self._kept.write_adapters(self._group)
+
+    def _buffer_shape(self) -> tuple[int, int]:
+        shapes = [tuple(weight.quant_state.shape) for weight in self._members]
+        return sum(rows for rows, _ in shapes) + self._num_ranks, shapes[0][1] + self._num_ranks

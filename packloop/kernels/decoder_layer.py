@@ -5,9 +5,10 @@
     gate, up = n2 Wgu' + LoRA       h  = silu(gate) * up                    returns (x2, h Wd' + LoRA)
 
 The pair (residual, update) travels between layers unsummed, so that every addition is fused into the norm after it.
-Kept for backward, a token and layer: x1, q, k, v, a, x2, gate, up; n1, n2 and h are rebuilt in the passes that read
-their sources anyway. With `recomputes` only x1 is kept and the forward runs again, and the base's weights,
-dequantised once, serve that run and the backward pass.
+What is kept for backward, a token and layer, is the layer's `keeps`:
+    all       x1, q, k, v, a, x2, gate, up, and n1, n2, h where an adapter's gradient needs them
+    products  the same without n1, n2, h, each rebuilt by one pass over what it was made from
+    input     x1 alone: the forward runs again, and the base's weights, dequantised once, serve it and backward
 
 Shapes: T slots, H hidden features, I intermediate features, O output features of a group. One tensor of gradients
 serves residual and update: they enter only as a sum.
@@ -15,16 +16,19 @@ serves residual and update: they enter only as a sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from packloop.kernels.attention import Attention, DocumentLayout
+from packloop.kernels.base_weights import GroupWeights
 from packloop.kernels.lora_linear import (
     Dropout,
+    ExtendedWeight,
     LoraGroup,
+    extended_group_forward,
     lora_a_gradient,
     lora_b_gradients,
     lora_group_forward,
@@ -53,9 +57,7 @@ class Batch:
 class FusedLayer:
     """One layer's frozen parts and adapters, as the function takes them.
 
-    weights: for each group a callable that returns its dense weights, rows one after the other being the group's
-    outputs. masters: the adapters' fp32 parameters, for each group and member A then B, in the order gradients are
-    returned.
+    masters: the adapters' fp32 parameters, for each group and member A then B, in the order gradients are returned.
     """
 
     index: int
@@ -65,11 +67,11 @@ class FusedLayer:
     eps: float
     norm1_H: Tensor
     norm2_H: Tensor
-    weights: dict[str, Callable[[], Sequence[Tensor]]]
+    weights: dict[str, GroupWeights]
     groups: dict[str, LoraGroup]
     masters: tuple[Tensor, ...]
     attention: Attention
-    recomputes: bool
+    keeps: Literal["all", "products", "input"]
 
     @property
     def scale(self) -> float:
@@ -77,33 +79,41 @@ class FusedLayer:
 
     def dropout(self, batch: Batch, group: str) -> Dropout | None:
         """The group's mask: its own stream under the micro-batch's seed. None where there is nothing to drop."""
-        if batch.dropout is None or self.groups[group].a_RH is None:
+        if batch.dropout is None or not self.has_adapter(group):
             return None
         return batch.dropout._replace(stream=self.index * len(GROUPS) + GROUPS.index(group))
+
+    def has_adapter(self, group: str) -> bool:
+        return self.groups[group].a_RH is not None
+
+    def spare_columns(self, group: str) -> int:
+        """Columns beside the group's inputs and output gradients, for the adapters' projections."""
+        return self.groups[group].a_RH.shape[0] if self.weights[group].extends else 0
 
 
 @dataclass
 class _Activations:
-    """What the forward pass leaves for the backward pass."""
+    """What the forward pass leaves for the backward pass. Inputs of groups carry their spare columns."""
 
     x1: Tensor
-    rstd1: Tensor
-    qkv: Tensor
-    attended: Tensor
-    attention_saved: object
-    x2: Tensor
-    rstd2: Tensor
-    gate_up: Tensor
+    qkv: Tensor | None = None
+    attended: Tensor | None = None
+    attention_saved: object = None
+    x2: Tensor | None = None
+    rstd1: Tensor | None = None
+    rstd2: Tensor | None = None
+    gate_up: Tensor | None = None
     projected: dict[str, Tensor | None] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Weights:
-    """Dense weights of one layer, made when first asked for and kept until the object goes."""
+    """What the products of one layer take, made when first asked for and, with `keeps`, held until dropped."""
 
     def __init__(self, layer: FusedLayer, *, keeps: bool):
         self._layer, self._keeps, self._made = layer, keeps, {}
 
-    def __getitem__(self, group: str) -> Sequence[Tensor]:
+    def __getitem__(self, group: str) -> list[Tensor] | ExtendedWeight:
         if group in self._made:
             return self._made[group]
         weights = self._layer.weights[group]()
@@ -115,10 +125,14 @@ class _Weights:
         self._made.pop(group, None)
 
 
+def _buffer(like: Tensor, num_columns: int) -> Tensor:
+    return torch.empty(like.shape[0], num_columns, dtype=like.dtype, device=like.device)
+
+
 def _split_heads(layer: FusedLayer, qkv_TO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of q [T, heads, D], k and v [T, kv_heads, D] in the joined buffer."""
+    """Views of q [T, heads, D], k and v [T, kv_heads, D] in the joined buffer, its spare columns left out."""
     q_size, kv_size = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-    parts = qkv_TO.split([q_size, kv_size, kv_size], dim=1)
+    parts = qkv_TO[:, : q_size + 2 * kv_size].split([q_size, kv_size, kv_size], dim=1)
     return tuple(part.unflatten(1, (-1, layer.head_dim)) for part in parts)
 
 
@@ -128,34 +142,64 @@ def _rotate(layer: FusedLayer, batch: Batch, qkv_TO: Tensor, *, inverse: bool) -
     rope_(q_TO, k_TO, batch.cos_PD, batch.sin_PD, batch.position_ids_T, inverse=inverse)
 
 
+def _normed(layer: FusedLayer, group: str, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(residual + update, its norm as the group's input with spare columns, 1 / rms)."""
+    num_features = residual.shape[1]
+    wide = _buffer(residual, num_features + layer.spare_columns(group))
+    weight_H = layer.norm1_H if group == "qkv" else layer.norm2_H
+    total, _, rstd_T = add_rms_norm_forward(residual, update, weight_H, layer.eps, normed_out=wide[:, :num_features])
+    return total, wide, rstd_T
+
+
+def _gate_and_up(layer: FusedLayer, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate_up[:, : sum(layer.groups["gate_up"].out_features)].chunk(2, dim=1)
+
+
 def _forward(
     layer: FusedLayer, batch: Batch, weights: _Weights, residual: Tensor, update: Tensor | None, *, needs_output: bool
 ) -> tuple[_Activations, Tensor, Tensor | None]:
-    projected: dict[str, Tensor | None] = {}
+    """(what backward needs, x2, output). A recomputation needs no output and ends before the last product."""
+    keeps_inputs = layer.keeps == "all"
+    kept = _Activations(x1=residual)
 
-    def linear(group: str, x: Tensor) -> Tensor:
-        y, projected[group] = lora_group_forward(x, weights[group], layer.groups[group], layer.dropout(batch, group))
-        return y
+    def linear(group: str, x_wide: Tensor, spare_columns: int = 0) -> Tensor:
+        """The group's outputs, with `spare_columns` beside them."""
+        weight, adapters, dropout = weights[group], layer.groups[group], layer.dropout(batch, group)
+        num_outputs = sum(adapters.out_features)
+        y_wide = _buffer(x_wide, num_outputs + spare_columns)
+        out = y_wide[:, :num_outputs]
+        if isinstance(weight, ExtendedWeight):
+            extended_group_forward(x_wide, weight, adapters, dropout, out=out)
+            projected = x_wide[:, weight.num_features :]
+            kept.projected[group] = projected if keeps_inputs else projected.clone()
+        else:
+            _, kept.projected[group] = lora_group_forward(x_wide, weight, adapters, dropout, out=out)
+        if keeps_inputs and layer.has_adapter(group):
+            kept.inputs[group] = x_wide
+        return y_wide
 
-    x1, n1, rstd1 = add_rms_norm_forward(residual, update, layer.norm1_H, layer.eps)
+    x1, n1, rstd1 = _normed(layer, "qkv", residual, update)
     qkv = linear("qkv", n1)
     del n1
     _rotate(layer, batch, qkv, inverse=False)
     attended, attention_saved = layer.attention.forward(*_split_heads(layer, qkv), batch.layout, layer.scale)
     attended = attended.flatten(1)
-    x2, n2, rstd2 = add_rms_norm_forward(x1, linear("o", attended), layer.norm2_H, layer.eps)
-    gate_up = linear("gate_up", n2)
+    x2, n2, rstd2 = _normed(layer, "gate_up", x1, linear("o", attended))
+    gate_up = linear("gate_up", n2, layer.spare_columns("gate_up"))
     del n2
     out = None
-    # A recomputation stops here unless down_proj's own adapter needs its input's projection.
-    if needs_output or layer.groups["down"].a_RH is not None:
-        hidden = swiglu_forward(*gate_up.chunk(2, dim=1))
-        if needs_output:
-            out = linear("down", hidden)
-        else:
-            projected["down"] = lora_project(hidden, layer.groups["down"], layer.dropout(batch, "down"))
+    gate, up = _gate_and_up(layer, gate_up)
+    if needs_output:
+        hidden = _buffer(gate, gate.shape[1] + layer.spare_columns("down"))
+        swiglu_forward(gate, up, out=hidden[:, : gate.shape[1]])
+        out = linear("down", hidden)
+    elif layer.has_adapter("down"):
+        hidden = swiglu_forward(gate, up)
+        kept.projected["down"] = lora_project(hidden, layer.groups["down"], layer.dropout(batch, "down"))
     # The function returns x2 as well: a detached alias keeps its graph node from holding itself alive.
-    kept = _Activations(x1.detach(), rstd1, qkv, attended, attention_saved, x2.detach(), rstd2, gate_up, projected)
+    kept.x1, kept.x2 = x1.detach(), x2.detach()
+    kept.qkv, kept.attended, kept.attention_saved = qkv, attended, attention_saved
+    kept.gate_up, kept.rstd1, kept.rstd2 = gate_up, rstd1, rstd2
     return kept, x2, out
 
 
@@ -163,50 +207,61 @@ def _backward(
     layer: FusedLayer, batch: Batch, weights: _Weights, kept: _Activations, d_out: Tensor, *, needs_dx: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """(gradient of x1, gradients of the masters in their order) from the one gradient of (x2 + output)."""
-    gradients: dict[str, list] = {}
+    a_gradients: dict[str, Tensor] = {}
+    b_gradients: dict[str, list[Tensor | None]] = {}
     d_projected: dict[str, Tensor | None] = {}
 
-    def output_gradient(group: str, dy: Tensor) -> None:
-        d_projected[group], gradients[group] = lora_b_gradients(
-            dy, kept.projected.get(group), layer.groups[group], layer.dropout(batch, group)
+    def output_gradient(group: str, dy_wide: Tensor) -> None:
+        """B's gradients, and the gradient of the projections, written into the spare columns where there are some."""
+        num_outputs = sum(layer.groups[group].out_features)
+        d_projected[group], b_gradients[group] = lora_b_gradients(
+            dy_wide[:, :num_outputs],
+            kept.projected.get(group),
+            layer.groups[group],
+            layer.dropout(batch, group),
+            out=dy_wide[:, num_outputs:] if dy_wide.shape[1] > num_outputs else None,
         )
 
-    def input_gradient(group: str, dy: Tensor) -> Tensor:
-        dx = lora_input_gradient(
-            dy, d_projected[group], weights[group], layer.groups[group], layer.dropout(batch, group)
-        )
+    def input_gradient(group: str, dy_wide: Tensor) -> Tensor:
+        weight, dropout = weights[group], layer.dropout(batch, group)
+        num_outputs = sum(layer.groups[group].out_features)
         weights.drop(group)
-        return dx
+        if isinstance(weight, ExtendedWeight):
+            if dropout is None and dy_wide.shape[1] > num_outputs:
+                return dy_wide @ weight.buffer[:, : weight.num_features]
+            weight = [weight.base]
+        return lora_input_gradient(dy_wide[:, :num_outputs], d_projected[group], weight, layer.groups[group], dropout)
 
-    def a_gradient(group: str, x: Tensor) -> Tensor:
-        return lora_a_gradient(d_projected[group], x, layer.groups[group], layer.dropout(batch, group))
+    def a_gradient(group: str, x: Tensor) -> None:
+        a_gradients[group] = lora_a_gradient(d_projected[group], x, layer.groups[group], layer.dropout(batch, group))
 
-    a_gradients: dict[str, Tensor] = {}
-    gate, up = kept.gate_up.chunk(2, dim=1)
+    def normed(group: str, x: Tensor) -> Tensor:
+        """The group's input, as kept or built again."""
+        wide = kept.inputs.pop(group) if group in kept.inputs else _normed(layer, group, x, None)[1]
+        return wide[:, : x.shape[1]]
+
     output_gradient("down", d_out)
     d_hidden = input_gradient("down", d_out)
-    rebuilds_hidden = d_projected["down"] is not None
-    hidden = torch.empty_like(d_hidden) if rebuilds_hidden else None
-    swiglu_backward(d_hidden, gate, up, d_gate=gate, d_up=up, hidden_out=hidden)
-    if rebuilds_hidden:
-        a_gradients["down"] = a_gradient("down", hidden)
-    del d_hidden, hidden
-    d_gate_up = kept.gate_up  # overwritten in place by the pass above
+    gate, up = _gate_and_up(layer, kept.gate_up)
+    hidden = kept.inputs.pop("down", None)
+    rebuilt = _buffer(gate, gate.shape[1]) if hidden is None and layer.has_adapter("down") else None
+    swiglu_backward(d_hidden, gate, up, d_gate=gate, d_up=up, hidden_out=rebuilt)
+    if layer.has_adapter("down"):
+        a_gradient("down", rebuilt if hidden is None else hidden[:, : gate.shape[1]])
+    del d_hidden, hidden, rebuilt, gate, up
+    d_gate_up, kept.gate_up = kept.gate_up, None  # the pass above has overwritten the one with the other
     output_gradient("gate_up", d_gate_up)
     d_n2 = input_gradient("gate_up", d_gate_up)
-    del d_gate_up, gate, up
-    kept.gate_up = None
-    if d_projected["gate_up"] is not None:
-        _, n2, _ = add_rms_norm_forward(kept.x2, None, layer.norm2_H, layer.eps)
-        a_gradients["gate_up"] = a_gradient("gate_up", n2)
-        del n2
+    del d_gate_up
+    if layer.has_adapter("gate_up"):
+        a_gradient("gate_up", normed("gate_up", kept.x2))
     d_x2, _ = add_rms_norm_backward(d_n2, d_out, kept.x2, layer.norm2_H, kept.rstd2, d_residual=d_n2)
 
     output_gradient("o", d_x2)
     d_attended = input_gradient("o", d_x2)
-    if d_projected["o"] is not None:
-        a_gradients["o"] = a_gradient("o", kept.attended)
-    d_qkv = torch.empty_like(kept.qkv)
+    if layer.has_adapter("o"):
+        a_gradient("o", kept.attended)
+    d_qkv = _buffer(kept.qkv, kept.qkv.shape[1] + layer.spare_columns("qkv"))
     layer.attention.backward(
         kept.attention_saved,
         d_attended.unflatten(1, (-1, layer.head_dim)),
@@ -217,18 +272,18 @@ def _backward(
     )
     _rotate(layer, batch, d_qkv, inverse=True)
     output_gradient("qkv", d_qkv)
-    if d_projected["qkv"] is not None:
-        _, n1, _ = add_rms_norm_forward(kept.x1, None, layer.norm1_H, layer.eps)
-        a_gradients["qkv"] = a_gradient("qkv", n1)
-        del n1
+    if layer.has_adapter("qkv"):
+        a_gradient("qkv", normed("qkv", kept.x1))
     d_x1 = None
     if needs_dx:
         d_n1 = input_gradient("qkv", d_qkv)
         d_x1, _ = add_rms_norm_backward(d_n1, d_x2, kept.x1, layer.norm1_H, kept.rstd1, d_residual=d_n1)
-    return d_x1, _in_master_order(layer, a_gradients, gradients)
+    return d_x1, _in_master_order(layer, a_gradients, b_gradients)
 
 
-def _in_master_order(layer: FusedLayer, a_gradients: dict[str, Tensor], b_gradients: dict[str, list]) -> list[Tensor]:
+def _in_master_order(
+    layer: FusedLayer, a_gradients: dict[str, Tensor], b_gradients: dict[str, list[Tensor | None]]
+) -> list[Tensor]:
     ordered = []
     for group in GROUPS:
         for (_, ranks, b_Or), d_b in zip(layer.groups[group].members(), b_gradients[group], strict=True):
@@ -240,36 +295,21 @@ def _in_master_order(layer: FusedLayer, a_gradients: dict[str, Tensor], b_gradie
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual, update, layer: FusedLayer, batch: Batch, *masters):
-        weights = _Weights(layer, keeps=False)
-        kept, x2, out = _forward(layer, batch, weights, residual, update, needs_output=True)
+        kept, x2, out = _forward(layer, batch, _Weights(layer, keeps=False), residual, update, needs_output=True)
         ctx.layer, ctx.batch = layer, batch
-        ctx.kept = _only_input(kept) if layer.recomputes else kept
+        ctx.kept = _Activations(x1=kept.x1) if layer.keeps == "input" else kept
         return x2, out
 
     @staticmethod
     def backward(ctx, d_x2, d_out):
         layer, batch, kept = ctx.layer, ctx.batch, ctx.kept
         ctx.kept = None
-        weights = _Weights(layer, keeps=layer.recomputes)
-        if layer.recomputes:
+        recomputes = layer.keeps == "input"
+        weights = _Weights(layer, keeps=recomputes)
+        if recomputes:
             kept, _, _ = _forward(layer, batch, weights, kept.x1, None, needs_output=False)
         d_x1, gradients = _backward(layer, batch, weights, kept, d_out, needs_dx=ctx.needs_input_grad[0])
         return d_x1, d_x1, None, None, *gradients
-
-
-def _only_input(kept: _Activations) -> _Activations:
-    """Only what a recomputation starts from."""
-    return replace(
-        kept,
-        rstd1=None,
-        qkv=None,
-        attended=None,
-        attention_saved=None,
-        x2=None,
-        rstd2=None,
-        gate_up=None,
-        projected={},
-    )
 
 
 def decoder_layer(

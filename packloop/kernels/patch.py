@@ -57,13 +57,15 @@ def patched(
     recompute_layers: int = 0,
     fused: bool = False,
     cached_layers: int = 0,
+    keep_inputs_layers: int = 0,
 ) -> Iterator[LlamaForCausalLM]:
     """Replaces the forward methods of `model` for the duration of the context and yields the Llama inside it.
 
     attention: a name that `attention.load_backend` knows. recompute_layers: how many layers, from the first, keep
     only their input and recompute the rest in the backward pass. fused: whole layers as one function; ValueError
-    where `why_not_fused` gives a reason. cached_layers: how many layers, from the first, keep their NF4 weights
-    dequantised (fused only). Raises ValueError where a stock signature is not the one expected.
+    where `why_not_fused` gives a reason. Fused only: cached_layers: how many layers, from the first, keep their NF4
+    weights dequantised; keep_inputs_layers: how many, from the last, keep the products' inputs that backward else
+    rebuilds. Raises ValueError where a stock signature is not the one expected.
     """
     llama = find_llama(model)
     attend = load_backend(attention)
@@ -75,7 +77,8 @@ def patched(
     if fused:
         if reason := why_not_fused(model):
             raise ValueError(f"kernels.layer=fused: {reason}; use kernels.layer=stock")
-        run_layers = _FusedLayers(llama.model, attend, recompute_layers, cached_layers)
+        keeps = _kept_of_layers(len(llama.model.layers), recompute_layers, keep_inputs_layers)
+        run_layers = _FusedLayers(llama.model, attend, keeps, cached_layers)
     else:
         run_layers = _StockLayers(recompute_layers)
     edited: list[nn.Module] = []
@@ -89,6 +92,13 @@ def patched(
     finally:
         for module in edited:
             del module.forward
+
+
+def _kept_of_layers(num_layers: int, recompute_layers: int, keep_inputs_layers: int) -> list[str]:
+    return [
+        "input" if index < recompute_layers else "all" if index >= num_layers - keep_inputs_layers else "products"
+        for index in range(num_layers)
+    ]
 
 
 def why_not_fused(model: nn.Module) -> str | None:
@@ -145,14 +155,14 @@ class _StockLayers:
 class _FusedLayers:
     """The same layers as `decoder_layer` runs them, with the last residual sum fused into the final norm."""
 
-    def __init__(self, llama_model: LlamaModel, attention: Attention, recompute_layers: int, cached_layers: int):
+    def __init__(self, llama_model: LlamaModel, attention: Attention, keeps: list[str], cached_layers: int):
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         norm = llama_model.norm.weight
         self._adapters = AdapterCopies(norm.dtype, norm.device)
         self._dropout_p = _dropout_of(llama_model)
         self._layers = []
         for index, layer in enumerate(llama_model.layers):
-            fused = _fuse(layer, index, attention, self._adapters, recomputes=index < recompute_layers)
+            fused = _fuse(layer, index, attention, self._adapters, keeps=keeps[index])
             if index < cached_layers:
                 for weights in fused.weights.values():
                     weights.keep()
@@ -160,6 +170,9 @@ class _FusedLayers:
 
     def __call__(self, llama_model: LlamaModel, hidden_BLH: Tensor, position_ids_BL: Tensor, layout: DocumentLayout):
         self._adapters.refresh()
+        for layer in self._layers:
+            for weights in layer.weights.values():
+                weights.refresh()
         dropout = None
         if llama_model.training and self._dropout_p > 0.0:
             # From torch's CPU generator, which checkpoints carry: the mask of a resumed step is the same one.
@@ -183,16 +196,17 @@ class _FusedLayers:
         return self._tables[num_positions]
 
 
-def _fuse(
-    layer: nn.Module, index: int, attention: Attention, adapters: AdapterCopies, *, recomputes: bool
-) -> FusedLayer:
+def _fuse(layer: nn.Module, index: int, attention: Attention, adapters: AdapterCopies, *, keeps: str) -> FusedLayer:
     groups, weights, masters = {}, {}, []
     for name in GROUPS:
         modules = [layer.get_submodule(member) for member in _GROUP_MEMBERS[name]]
         bases = [getattr(module, "base_layer", module) for module in modules]
         loras = [_adapter(module) for module in modules]
         groups[name] = adapters.group([base.out_features for base in bases], loras)
-        weights[name] = GroupWeights([base.weight for base in bases], layer.input_layernorm.weight.dtype)
+        # The output projection reads what attention wrote, which has no columns to spare.
+        weights[name] = GroupWeights(
+            [base.weight for base in bases], groups[name], layer.input_layernorm.weight.dtype, extends=name != "o"
+        )
         masters += [master for lora in loras if lora is not None for master in (lora.a_rH, lora.b_Or)]
     attn = layer.self_attn
     return FusedLayer(
@@ -207,7 +221,7 @@ def _fuse(
         groups=groups,
         masters=tuple(masters),
         attention=attention,
-        recomputes=recomputes,
+        keeps=keeps,
     )
 
 
