@@ -1,5 +1,8 @@
 """Head and loss in one: the summed cross-entropy of the slots that count, without a full logits tensor.
 
+Logits exist one chunk at a time. One kernel turns a chunk's logits into their loss and, in the same memory, their
+gradient; the gradient of the hidden states is made at once, so nothing of the chunk is kept.
+
 Shapes: T slots, N slots whose next token is a target, C slots of one chunk, H hidden size, V vocabulary.
 """
 
@@ -8,13 +11,88 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Logits of one chunk, in bytes of the accumulation dtype. Three such tensors live at once at the peak.
-CHUNK_BYTES = 128 * 2**20
+from packloop.kernels import reference
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # a CPU-only torch comes without Triton; PyTorch's operations serve it
+    triton = None
+
+# Logits of one chunk, in bytes of their dtype.
+CHUNK_BYTES = 256 * 2**20
+_BLOCK_V = 8192
+
+if triton is not None:
+
+    @triton.jit
+    def _cross_entropy_kernel(
+        logits_ptr,
+        label_ids_ptr,
+        loss_ptr,
+        logits_stride,
+        vocabulary,
+        NEEDS_GRADIENT: tl.constexpr,
+        BLOCK_V: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        logits_row = logits_ptr + row * logits_stride
+        columns = tl.arange(0, BLOCK_V)
+        highest = tl.full([BLOCK_V], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_V], dtype=tl.float32)
+        for first in range(0, vocabulary, BLOCK_V):
+            inside = first + columns < vocabulary
+            x = tl.load(logits_row + first + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            higher = tl.maximum(highest, x)
+            # A lane that has seen no column holds -inf twice, whose difference is not a number.
+            total = tl.where(higher == float("-inf"), 0.0, total * tl.exp(highest - higher) + tl.exp(x - higher))
+            highest = higher
+        row_highest = tl.max(highest, axis=0)
+        log_z = row_highest + tl.log(tl.sum(total * tl.exp(highest - row_highest), axis=0))
+        label = tl.load(label_ids_ptr + row)
+        tl.store(loss_ptr + row, log_z - tl.load(logits_row + label).to(tl.float32))
+        if NEEDS_GRADIENT:
+            # The store below may hit the label's logit: it is read above, in this same program.
+            tl.debug_barrier()
+            for first in range(0, vocabulary, BLOCK_V):
+                inside = first + columns < vocabulary
+                x = tl.load(logits_row + first + columns, mask=inside, other=float("-inf")).to(tl.float32)
+                gradient = tl.exp(x - log_z) - tl.where(first + columns == label, 1.0, 0.0)
+                tl.store(logits_row + first + columns, gradient, mask=inside)
 
 
-def rows_per_chunk(vocabulary: int, itemsize: int = 4) -> int:
+def rows_per_chunk(vocabulary: int, itemsize: int) -> int:
     """Slots whose logits fit `CHUNK_BYTES`, a multiple of 64 and at least 64."""
     return max(64, CHUNK_BYTES // (vocabulary * itemsize) // 64 * 64)
+
+
+def cross_entropy_(logits_CV: Tensor, label_ids_C: Tensor, *, needs_gradient: bool) -> Tensor:
+    """Loss of each row, fp32 [C] (fp64 for fp64); with `needs_gradient` the logits become softmax - one-hot.
+
+    Mutates logits_CV. Arithmetic is fp32, the gradient is rounded once to the logits' dtype.
+    """
+    if reference.serves(logits_CV):
+        wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        log_z_C1 = wide_CV.logsumexp(-1, keepdim=True)
+        loss_C = (log_z_C1 - wide_CV.gather(1, label_ids_C[:, None])).squeeze(1)
+        if needs_gradient:
+            gradient_CV = (wide_CV - log_z_C1).exp_()
+            gradient_CV.scatter_add_(1, label_ids_C[:, None], torch.full_like(log_z_C1, -1.0))
+            logits_CV.copy_(gradient_CV)
+        return loss_C
+    loss_C = torch.empty(logits_CV.shape[0], dtype=torch.float32, device=logits_CV.device)
+    if logits_CV.shape[0] > 0:
+        _cross_entropy_kernel[(logits_CV.shape[0],)](
+            logits_CV,
+            label_ids_C,
+            loss_C,
+            logits_CV.stride(0),
+            logits_CV.shape[1],
+            NEEDS_GRADIENT=needs_gradient,
+            BLOCK_V=min(_BLOCK_V, triton.next_power_of_2(logits_CV.shape[1])),
+            num_warps=16,
+        )
+    return loss_C
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -24,23 +102,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=accumulate_dtype, device=hidden_TH.device)
         d_hidden_TH = torch.zeros_like(hidden_TH) if hidden_TH.requires_grad else None
         d_weight_VH = torch.zeros_like(weight_VH, dtype=accumulate_dtype) if weight_VH.requires_grad else None
-        chunk = rows_per_chunk(weight_VH.shape[0], accumulate_dtype.itemsize)
+        needs_gradient = d_hidden_TH is not None or d_weight_VH is not None
+        chunk = rows_per_chunk(weight_VH.shape[0], hidden_TH.element_size())
         for start in range(0, label_index_N.numel(), chunk):
-            index_C, ids_C1 = label_index_N[start : start + chunk], label_ids_N[start : start + chunk, None]
+            index_C, ids_C = label_index_N[start : start + chunk], label_ids_N[start : start + chunk]
             hidden_CH = hidden_TH.index_select(0, index_C)
-            logits_CV = (hidden_CH @ weight_VH.T).to(accumulate_dtype)
-            log_z_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            loss_sum += (log_z_C1 - logits_CV.gather(1, ids_C1)).sum()
-            if d_hidden_TH is None and d_weight_VH is None:
-                continue
-            # d loss / d logits = softmax - one-hot, in the logits' own memory
-            d_logits_CV = logits_CV.sub_(log_z_C1).exp_()
-            d_logits_CV.scatter_add_(1, ids_C1, torch.full_like(log_z_C1, -1.0))
-            d_logits_CV = d_logits_CV.to(hidden_TH.dtype)
+            logits_CV = hidden_CH @ weight_VH.T
+            loss_sum += cross_entropy_(logits_CV, ids_C, needs_gradient=needs_gradient).sum()
             if d_hidden_TH is not None:
-                d_hidden_TH.index_copy_(0, index_C, d_logits_CV @ weight_VH)
+                d_hidden_TH.index_copy_(0, index_C, logits_CV @ weight_VH)
             if d_weight_VH is not None:
-                d_weight_VH += d_logits_CV.T @ hidden_CH
+                d_weight_VH += logits_CV.T @ hidden_CH
         ctx.save_for_backward(d_hidden_TH, d_weight_VH)
         ctx.weight_dtype = weight_VH.dtype
         return loss_sum
@@ -61,6 +133,6 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, label_index_N: Te
     hidden_TH: [T, H]; weight_VH: [V, H], same dtype, no gradient computed for it when frozen; label_index_N: int64
     [N], distinct; label_ids_N: int64 [N]. Returns a scalar in fp32 (fp64 for fp64 input); 0 for N = 0. Logits are
     rounded to the input's dtype by the GEMM, everything after is fp32. The gradient is computed in forward, so logits
-    live one chunk long and are never kept; peak extra memory is d_hidden plus three chunks. No host synchronisation.
+    live one chunk long and are never kept; extra memory is d_hidden and one chunk of logits. No host synchronisation.
     """
     return _LinearCrossEntropy.apply(hidden_TH, weight_VH, label_index_N, label_ids_N)
