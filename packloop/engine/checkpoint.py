@@ -114,8 +114,8 @@ def disk_error(path: Path, error: Exception, *, needed: int) -> InputError:
 def find_checkpoint(run_dir: Path, resume: str) -> Checkpoint:
     """The checkpoint that `--resume` names: `latest` or a directory.
 
-    `latest` takes the newest that verifies; one that does not is renamed to `NAME.damaged` and the next older is
-    tried. A named directory must verify itself. InputError where none does.
+    `latest` takes the one saved last, or the newest that verifies: one that does not is renamed to `NAME.damaged` and
+    the next older is tried. A named directory must verify itself. InputError where none does.
     """
     if resume != "latest":
         path = Path(resume)
@@ -124,9 +124,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> Checkpoint:
             raise InputError(f"checkpoint {str(path)!r} cannot be used: {fault}; --resume latest finds one that can")
         return load_checkpoint(path)
     root = run_dir / "checkpoints"
-    candidates = sorted(root.glob("step-*"), reverse=True) if root.is_dir() else []
-    candidates = [path for path in candidates if path.is_dir() and not path.name.endswith(".damaged")]
-    for path in candidates:
+    for path in _newest_first(root):
         fault = verify(path)
         if not fault:
             return load_checkpoint(path)
@@ -219,15 +217,28 @@ def _seal(directory: Path) -> None:
 def _prune(root: Path, keep: int, current: Path) -> None:
     for leftover in root.glob(".step-*.old"):
         shutil.rmtree(leftover, ignore_errors=True)
-    older = sorted((path for path in root.glob("step-??????*") if path.is_dir() and path != current), reverse=True)
     kept = 1
-    for path in older:
-        if path.name > current.name or path.name.endswith(".damaged"):
+    for path in _newest_first(root):
+        if _step_of(path) >= _step_of(current):
             continue
         if kept < keep and verify(path) is None:
             kept += 1
             continue
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _newest_first(root: Path) -> list[Path]:
+    """Checkpoints from the one saved last to the oldest, then those of a continuation that a resume has left behind."""
+    found = [path for path in root.glob("step-*") if path.is_dir() and _step_of(path) is not None]
+    last = root / "latest"
+    named = root / last.read_text(encoding="utf-8").strip() if last.is_file() else None
+    newest = _step_of(named) if named in found else None
+    return sorted(found, key=lambda path: (newest is not None and _step_of(path) > newest, -_step_of(path)))
+
+
+def _step_of(path: Path) -> int | None:
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else None
 
 
 def _flush(path: Path) -> None:
