@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,6 +76,47 @@ def read_steps(run_dir: Path) -> list[dict]:
 
 def tensors_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def fork(function: Callable[[], object], log: Path) -> int:
+    """The id of a process of its own that runs `function` and exits as the interpreter would; its output is in `log`.
+
+    Forked, since importing torch and transformers anew would take most of a test's time.
+    """
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        function()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """The exit code of a forked process, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def wait_for_step(run_dir: Path, step: int, child: int, timeout: float = 60) -> None:
+    """Until metrics.jsonl has that step. AssertionError where the process ends or the time is up before."""
+    deadline = time.monotonic() + timeout
+    while not (path := run_dir / "metrics.jsonl").exists() or path.read_bytes().count(b'"loss"') < step:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), f"ended before step {step}"
+        assert time.monotonic() < deadline, f"no step {step} after {timeout} s"
+        time.sleep(0.002)
 
 
 def run_ranks(script: Path, *arguments: str, num_ranks: int = 2, timeout: float = 240) -> subprocess.CompletedProcess:

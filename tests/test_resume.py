@@ -1,0 +1,278 @@
+"""A run that was interrupted and resumed leaves what an uninterrupted one leaves, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_job import fork, read_metrics, small_config, tensors_equal, wait, wait_for_step, write_rows
+
+from packloop import cli
+from packloop.config import RunConfig, dump_config
+from packloop.engine.checkpoint import find_checkpoint, restore_rng
+from packloop.engine.loop import train
+from packloop.errors import ConfigError, InputError
+
+STEPS_PER_EPOCH, NUM_STEPS = 4, 11
+SECTIONS = {
+    "lora": {"dropout": 0.1},
+    "data": {"eval_split": 2, "max_length": 96},
+    "train": {"max_steps": NUM_STEPS, "lr_scheduler_type": "cosine", "eval_every": 3},
+    "checkpoint": {"every": 2, "keep": 9},
+}
+
+
+def config_of(base: Path, rows: Path, run_dir: Path, **changes: dict) -> RunConfig:
+    names = {**SECTIONS, **changes}
+    return small_config(base, rows, run_dir, **{n: SECTIONS.get(n, {}) | changes.get(n, {}) for n in names})
+
+
+@pytest.fixture(scope="module")
+def small_rows(tmp_path_factory) -> Path:
+    """12 rows, of which 2 are held out: epochs of 4 steps."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", 12)
+
+
+@pytest.fixture(scope="module")
+def whole(small_base, small_rows, tmp_path_factory) -> Path:
+    """The run that nothing interrupts."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(config_of(small_base, small_rows, run_dir))
+    epochs = [values["epoch"] for values in read_metrics(run_dir) if "loss" in values]
+    assert epochs == [0] * 3 + [1] * 4 + [2] * 4, "the position after each step: the fourth ends an epoch"
+    return run_dir
+
+
+def assert_equal_runs(resumed: Path, whole: Path) -> None:
+    assert read_metrics(resumed) == read_metrics(whole)
+    assert tensors_equal(*(load_file(run_dir / "adapter_model.safetensors") for run_dir in (resumed, whole))), "adapter"
+    last = f"checkpoints/step-{NUM_STEPS:06d}"
+    for file in ("adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        assert tensors_equal(*(load_file(run_dir / last / file) for run_dir in (resumed, whole))), file
+    states = [json.loads((run_dir / last / "state.json").read_text()) for run_dir in (resumed, whole)]
+    assert states[0] == states[1]
+
+
+def test_two_runs_of_one_configuration_are_equal(whole, small_base, small_rows, tmp_path):
+    train(config_of(small_base, small_rows, tmp_path / "run"))
+    assert_equal_runs(tmp_path / "run", whole)
+    # What is compared could also be equal because nothing depends on it.
+    other = config_of(small_base, small_rows, tmp_path / "other", train={"seed": 1})
+    train(other)
+    assert read_metrics(tmp_path / "other") != read_metrics(whole)
+
+
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [
+        (1, signal.SIGINT),
+        (STEPS_PER_EPOCH - 1, signal.SIGINT),
+        (STEPS_PER_EPOCH, signal.SIGTERM),
+        (STEPS_PER_EPOCH + 2, signal.SIGINT),
+    ],
+)
+def test_a_signal_saves_within_one_step_and_the_run_continues_exactly(
+    whole, small_base, small_rows, tmp_path, step, number
+):
+    def send(values: dict) -> None:
+        if values["step"] == step:
+            os.kill(os.getpid(), number)
+
+    config = config_of(small_base, small_rows, tmp_path / "run")
+    result = train(config, on_step=send)
+    assert (result.stopped_by, result.state.step) == (number, step + 1)
+    assert find_checkpoint(tmp_path / "run", "latest").state.step == step + 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(config, resume="latest").stopped_by is None
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"quantization": "nf4"}, "kernels": {"layer": "stock"}},
+        {"model": {"quantization": "nf4", "dtype": "bfloat16"}, "train": {"gradient_checkpointing": 1}},
+        {"data": {"packing": "wrapped"}, "kernels": {"attention": "eager"}},
+        {"data": {"packing": "none"}, "train": {"weight_decay": 0.1, "lr_scheduler_type": "linear"}},
+        {"lora": {"enabled": False}, "train": {"learning_rate": 1e-3}},
+    ],
+    ids=["nf4-stock", "nf4-bfloat16", "wrapped-eager", "none", "whole-model"],
+)
+def test_every_kind_of_run_resumes_exactly(small_base, small_rows, tmp_path, changes):
+    config = config_of(small_base, small_rows, tmp_path / "whole", **changes)
+    train(config)
+    assert_resumes_from_step_6(tmp_path / "whole", tmp_path / "resumed", config)
+
+
+def test_tied_embeddings_resume_exactly(small_rows, tmp_path):
+    from tiny_run import save_base
+
+    base = save_base(tmp_path / "tied", tie_word_embeddings=True)
+    changes = {"lora": {"enabled": False}, "train": {"learning_rate": 1e-3}}
+    config = config_of(base, small_rows, tmp_path / "whole", **changes)
+    train(config)
+    assert_resumes_from_step_6(tmp_path / "whole", tmp_path / "resumed", config)
+
+
+def assert_resumes_from_step_6(whole: Path, copy: Path, config: RunConfig) -> None:
+    shutil.copytree(whole, copy)
+    for name in ("step-000008", "step-000010", "step-000011"):
+        shutil.rmtree(copy / "checkpoints" / name)
+    elsewhere = config.train.model_copy(update={"output_dir": str(copy)})
+    train(config.model_copy(update={"train": elsewhere}), resume="latest")
+    assert read_metrics(copy) == read_metrics(whole)
+    for name in ("step-000008", "step-000011"):
+        for file in (path.name for path in (whole / "checkpoints" / name).glob("*.safetensors")):
+            ours, expected = (load_file(run_dir / "checkpoints" / name / file) for run_dir in (copy, whole))
+            assert tensors_equal(ours, expected), (name, file)
+
+
+def test_ctrl_c_on_the_command_line_exits_130_and_resume_ends_with_0(whole, small_base, small_rows, tmp_path):
+    run_dir, file, log = tmp_path / "run", tmp_path / "run.yaml", tmp_path / "log"
+    file.write_text(dump_config(config_of(small_base, small_rows, run_dir)))
+    child = fork(lambda: run_cli("train", str(file)), log)
+    wait_for_step(run_dir, 3, child)
+    os.kill(child, signal.SIGINT)
+    assert wait(child) == 130
+    said = log.read_text()
+    assert f"continue with: packloop train {file} --resume latest" in said
+    assert "Traceback" not in said
+    assert not (run_dir / f"checkpoints/step-{NUM_STEPS:06d}").exists()
+    assert wait(fork(lambda: run_cli("train", str(file), "--resume", "latest"), log)) == 0
+    assert_equal_runs(run_dir, whole)
+
+
+def run_cli(*arguments: str) -> None:
+    sys.argv = ["packloop", *arguments]
+    cli.main()
+
+
+def test_a_run_killed_again_and_again_ends_equal(whole, small_base, small_rows, tmp_path):
+    """kill -9 at random moments, saves included, from the first step to the last."""
+    config = config_of(small_base, small_rows, tmp_path / "run", checkpoint={"every": 1, "keep": 2})
+    moments = random.Random(0)
+    target = 0
+    while (target := target + moments.randint(2, 3)) < NUM_STEPS:
+        resume = "latest" if (tmp_path / "run").exists() else None
+        child = fork(lambda resume=resume: train(config, resume=resume), tmp_path / "log")
+        wait_for_step(tmp_path / "run", target, child)
+        for _ in range(moments.randint(0, 400)):
+            os.sched_yield()
+        os.kill(child, signal.SIGKILL)
+        assert wait(child) == -signal.SIGKILL
+        with (tmp_path / "run/metrics.jsonl").open("a") as metrics:
+            metrics.write('{"step": 99')  # what a crash in the middle of a write leaves
+    train(config, resume="latest")
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_the_damaged_newest_checkpoint_is_set_aside_and_the_older_one_resumed(
+    whole, small_base, small_rows, tmp_path, caplog
+):
+    shutil.copytree(whole, tmp_path / "run")
+    newest = tmp_path / f"run/checkpoints/step-{NUM_STEPS:06d}"
+    content = bytearray((newest / "optimizer.safetensors").read_bytes())
+    content[-5] ^= 4
+    (newest / "optimizer.safetensors").write_bytes(content)
+    config = config_of(small_base, small_rows, tmp_path / "run")
+    seen = []
+    train(config, resume="latest", on_step=lambda values: seen.append(values["step"]))
+    assert seen == [11]
+    assert "step-000011 is damaged (optimizer.safetensors does not match the manifest)" in caplog.text
+    assert newest.with_name("step-000011.damaged").is_dir()
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("train", "learning_rate", 3e-3),
+        ("train", "per_device_train_batch_size", 2),
+        ("train", "max_steps", 13),
+        ("train", "seed", 7),
+        ("lora", "r", 8),
+        ("lora", "dropout", 0.0),
+        ("data", "packing", "wrapped"),
+        ("data", "template", "dolly"),
+        ("model", "quantization", "nf4"),
+        ("kernels", "attention", "eager"),
+    ],
+)
+def test_another_configuration_is_refused_naming_the_key(whole, small_base, small_rows, section, key, value):
+    config = config_of(small_base, small_rows, whole, **{section: {key: value}})
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}: .* in the checkpoint, .* given") as caught:
+        train(config, resume="latest")
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_every_changed_key_is_named(whole, small_base, small_rows):
+    config = config_of(small_base, small_rows, whole, train={"learning_rate": 3e-3, "seed": 7}, lora={"r": 8})
+    with pytest.raises(ConfigError) as caught:
+        train(config, resume="latest")
+    assert all(key in str(caught.value) for key in ("train.learning_rate", "train.seed", "lora.r"))
+    assert "output_dir:" not in str(caught.value)
+
+
+def test_what_does_not_touch_the_numbers_may_change(whole, small_base, small_rows, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    changes = {"log": {"every": 3}, "checkpoint": {"every": 7, "keep": 1}, "train": {"eval_every": 2}}
+    config = config_of(small_base, small_rows, tmp_path / "run", **changes)
+    train(config, resume=str(tmp_path / "run/checkpoints/step-000010"))
+    expected = [values for values in read_metrics(whole) if "loss" in values]
+    assert [values for values in read_metrics(tmp_path / "run") if "loss" in values] == expected
+
+
+def test_latest_is_where_the_run_went_on_not_the_highest_number(whole, small_base, small_rows, tmp_path):
+    """Resumed from an older checkpoint and stopped, a run still has the newer ones of its abandoned continuation."""
+    shutil.copytree(whole, tmp_path / "run")
+    config = config_of(small_base, small_rows, tmp_path / "run")
+
+    def stop(values: dict) -> None:
+        if values["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert train(config, resume=str(tmp_path / "run/checkpoints/step-000004"), on_step=stop).state.step == 6
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-000006\n"
+    assert (tmp_path / "run/checkpoints/step-000010").is_dir()
+    seen = []
+    train(config, resume="latest", on_step=lambda values: seen.append(values["step"]))
+    assert seen == list(range(7, NUM_STEPS + 1))
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_the_output_directory_must_be_empty_and_the_choices_are_named(whole, small_base, small_rows, tmp_path):
+    with pytest.raises(InputError, match=r"not empty; .*--resume latest.* another train\.output_dir") as caught:
+        train(config_of(small_base, small_rows, whole))
+    assert caught.value.exit_code == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="not empty"):
+        train(config_of(small_base, small_rows, tmp_path / "file"))
+    with pytest.raises(InputError, match="no usable checkpoint"):
+        train(config_of(small_base, small_rows, tmp_path / "nothing"), resume="latest")
+    with pytest.raises(InputError, match=r"cannot be used: manifest\.json is missing"):
+        train(config_of(small_base, small_rows, whole), resume=str(tmp_path))
+
+
+def test_a_checkpoint_without_this_ranks_random_state_is_refused(whole):
+    checkpoint = find_checkpoint(whole, "latest")
+    before = torch.get_rng_state()
+    with pytest.raises(InputError, match="no random-number state for rank 1"):
+        restore_rng(checkpoint.rng, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_finished_run_resumes_to_nothing(whole, small_base, small_rows, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    seen = []
+    train(config_of(small_base, small_rows, tmp_path / "run"), resume="latest", on_step=seen.append)
+    assert seen == []
+    assert_equal_runs(tmp_path / "run", whole)
