@@ -116,8 +116,14 @@ class TrainConfig(Section):
     optim: Literal["paged_adamw_32bit", "adamw_32bit"] = Field(
         "paged_adamw_32bit", description="Paged state moves to host memory when the GPU's is short (CUDA only)."
     )
-    gradient_checkpointing: Literal["all", "none"] | Annotated[int, Field(ge=0)] = Field(
-        "all", description="How many layers recompute their activations in the backward pass."
+    gradient_checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="How many layers recompute their activations in the backward pass, with the same results; auto: as "
+        "few as the memory budget allows.",
+    )
+    memory_budget_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="GPU memory that may be reserved, in GiB, paged optimizer state included; null: all but 2 GiB.",
     )
     tf32: bool = Field(True, description="TensorFloat-32 for float32 matrix products on Ampere and newer.")
     seed: Annotated[int, Field(ge=0)] = 0
@@ -139,6 +145,9 @@ class KernelsConfig(Section):
     )
     dequant_cache: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="How many layers keep their NF4 weights dequantised (fused layers only)."
+    )
+    keep_inputs: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="How many layers keep the inputs of their products for backward, else rebuilt (fused only)."
     )
 
 

@@ -20,7 +20,14 @@ from packloop.config import RunConfig, dump_config
 from packloop.data.loader import Batch, PackLoader, TrainingData, build_data, eval_batches
 from packloop.engine import schedule
 from packloop.engine.batch import to_device
-from packloop.engine.checkpoint import Checkpoint, capture_rng, find_checkpoint, restore_rng, save_checkpoint
+from packloop.engine.checkpoint import (
+    Checkpoint,
+    capture_rng,
+    disk_errors,
+    find_checkpoint,
+    restore_rng,
+    save_checkpoint,
+)
 from packloop.engine.environment import describe_environment
 from packloop.engine.evaluate import evaluate
 from packloop.engine.metrics import MetricsFile, StepClock, StepConsole, peak_gib
@@ -32,6 +39,7 @@ from packloop.engine.run_dir import (
     check_output_dir,
     config_for_resume,
     load_trained_tensors,
+    write_final_weights,
     write_run_files,
     write_weights,
 )
@@ -155,7 +163,7 @@ def train(
     flat = FlatParameters(model)
     optimizer = _make_optimizer(config, flat)
     loader = _make_loader(config, data, tokenizer.pad_token_id, accelerator)
-    config = resolve_auto(config, model, loader, accelerator.device)
+    config = resolve_auto(config, model, loader, accelerator, paged_bytes=optimizer.paged_bytes)
     num_steps = config.train.max_steps or math.ceil(config.train.num_train_epochs * loader.steps_per_epoch)
     set_seed(config.train.seed, device_specific=True)  # every rank draws its own dropout
     state = _restore(checkpoint, model, optimizer, loader, accelerator) if checkpoint else TrainState()
@@ -206,8 +214,9 @@ def train(
                 _save(run_dir, config, model, optimizer, state, accelerator)
             clock.restart()  # evaluation and saving are not part of the next step
     if accelerator.is_main_process:
-        write_weights(run_dir, model)
-        write_adapter_card(run_dir, config)
+        write_final_weights(run_dir, model)
+        with disk_errors(run_dir):
+            write_adapter_card(run_dir, config)
     accelerator.wait_for_everyone()
     if config.log.trackers:
         accelerator.end_training()
@@ -219,6 +228,8 @@ def _set_numerics(config: RunConfig) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
     torch.use_deterministic_algorithms(config.train.deterministic)
+    # Segments that grow keep reserved memory close to what is in use; read when CUDA's allocator starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _make_optimizer(config: RunConfig, flat: FlatParameters) -> AdamW:

@@ -107,6 +107,11 @@ class AdamW:
         """Whether the moments live in managed memory that the driver may move to the host."""
         return getattr(self._moments()[0], "is_paged", False)
 
+    @property
+    def paged_bytes(self) -> int:
+        """Managed memory of the moments, in bytes; 0 where they are not paged."""
+        return sum(moment.nbytes for moment in self._moments()) if self.is_paged else 0
+
     def step(self, learning_rate: float) -> None:
         """One update of the flat weight from the flat gradient at `learning_rate`."""
         self.optimizer.param_groups[0]["lr"] = learning_rate

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from packloop.config import RunConfig
 from packloop.data.loader import PackLoader
 from packloop.engine.batch import to_device
+from packloop.engine.memory import MemoryPlan, plan_memory
 from packloop.errors import ConfigError
 from packloop.kernels.attention import choose_backend
 from packloop.kernels.patch import why_not_fused
@@ -17,43 +20,64 @@ from packloop.kernels.patch import why_not_fused
 logger = logging.getLogger(__name__)
 
 
-def resolve_auto(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> RunConfig:
+def resolve_auto(
+    config: RunConfig, model: nn.Module, loader: PackLoader, accelerator: Accelerator, *, paged_bytes: int = 0
+) -> RunConfig:
     """The configuration with every `auto` replaced by what it chose, so that a resumed run makes the same choice.
 
-    The loader's position is left as it was. ConfigError where a requested kernel cannot run here.
+    Rank 0 chooses for all. paged_bytes: optimizer state that the driver may move to the host, counted into the budget.
+    The loader's position and torch's generators are left as they were. ConfigError where a requested kernel cannot run.
     """
-    kernels = config.kernels
-    layer = kernels.layer
+    chosen = [None]
+    if accelerator.is_main_process:
+        chosen = [_resolve(config, model, loader, accelerator.device, paged_bytes)]
+    return broadcast_object_list(chosen)[0] if accelerator.num_processes > 1 else chosen[0]
+
+
+def patch_options(config: RunConfig, model: nn.Module) -> dict:
+    """Arguments of `kernels.patch.patched` for a resolved configuration."""
+    num_layers = model.config.num_hidden_layers
+    return {
+        "attention": config.kernels.attention,
+        "fused": config.kernels.layer == "fused",
+        "recompute_layers": count_layers(config.train.gradient_checkpointing, num_layers),
+        "cached_layers": count_layers(config.kernels.dequant_cache, num_layers),
+        "keep_inputs_layers": count_layers(config.kernels.keep_inputs, num_layers),
+    }
+
+
+def count_layers(setting: str | int, num_layers: int) -> int:
+    """`all`, `none` or a number as a number of layers, at most all of them."""
+    return min({"all": num_layers, "none": 0}.get(setting, setting), num_layers)
+
+
+def _resolve(
+    config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device, paged_bytes: int
+) -> RunConfig:
+    layer = config.kernels.layer
     if layer == "auto":
         reason = why_not_fused(model)
         layer = "stock" if reason else "fused"
         if reason:
             logger.info("kernels.layer=stock: the fused layer cannot be used: %s", reason)
     attention = _resolve_attention(config, model, loader, device)
-    cache = kernels.dequant_cache
-    if cache == "auto":
-        cache = "none" if layer == "stock" or config.model.quantization == "none" else _cache_that_fits(model, device)
-    kernels = kernels.model_copy(update={"layer": layer, "attention": attention, "dequant_cache": cache})
-    return config.model_copy(update={"kernels": kernels})
-
-
-def patch_options(config: RunConfig, model: nn.Module) -> dict:
-    """Arguments of `kernels.patch.patched` for a resolved configuration."""
-    num_layers = model.config.num_hidden_layers
-    counts = {"all": num_layers, "none": 0}
-    recompute, cache = config.train.gradient_checkpointing, config.kernels.dequant_cache
-    return {
-        "attention": config.kernels.attention,
-        "recompute_layers": counts.get(recompute, recompute),
-        "fused": config.kernels.layer == "fused",
-        "cached_layers": counts.get(cache, cache),
+    kernels = config.kernels.model_copy(update={"layer": layer, "attention": attention})
+    config = config.model_copy(update={"kernels": kernels})
+    plan = _plan(config, model, loader, device, paged_bytes)
+    chosen = {
+        "kernels": {"dequant_cache": plan.cached_layers, "keep_inputs": plan.keep_inputs_layers},
+        "train": {"gradient_checkpointing": plan.recompute_layers},
     }
+    sections = {}
+    for name, values in chosen.items():
+        section = getattr(config, name)
+        autos = {key: value for key, value in values.items() if getattr(section, key) == "auto"}
+        sections[name] = section.model_copy(update=autos)
+    return config.model_copy(update=sections)
 
 
 def _resolve_attention(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> str:
-    position = loader.state()
-    layout = to_device(loader.next_window()[0], device)[2]
-    loader.load_state(position)
+    layout = to_device(_first_micro(loader), device)[2]
     architecture = model.config
     head_dim = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
     try:
@@ -71,5 +95,44 @@ def _resolve_attention(config: RunConfig, model: nn.Module, loader: PackLoader, 
     return name
 
 
-def _cache_that_fits(model: nn.Module, device: torch.device) -> int | str:
-    return "none" if device.type != "cuda" else "all"
+def _plan(
+    config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device, paged_bytes: int
+) -> MemoryPlan:
+    """The numbers of layers as set, with each `auto` chosen for the memory there is."""
+    num_layers = model.config.num_hidden_layers
+    settings = {
+        "recompute_layers": config.train.gradient_checkpointing,
+        "cached_layers": config.kernels.dequant_cache,
+        "keep_inputs_layers": config.kernels.keep_inputs,
+    }
+    fixed = {name: count_layers(value, num_layers) for name, value in settings.items() if value != "auto"}
+    is_fused = config.kernels.layer == "fused"
+    if not is_fused or config.model.quantization == "none":
+        fixed.setdefault("cached_layers", 0)
+    if not is_fused:
+        fixed.setdefault("keep_inputs_layers", 0)
+    if device.type != "cuda" or not is_fused:
+        # A stock layer's memory is not ours to predict; a host's memory is not the scarce one.
+        defaults = {
+            "recompute_layers": num_layers if device.type == "cuda" else 0,
+            "cached_layers": 0,
+            "keep_inputs_layers": 0,
+        }
+        return MemoryPlan(**{**defaults, **fixed})
+    plan, why = plan_memory(
+        model,
+        to_device(_first_micro(loader), device),
+        attention=config.kernels.attention,
+        fixed=fixed,
+        budget_gib=config.train.memory_budget_gib,
+        paged_bytes=paged_bytes,
+    )
+    logger.info("memory: %s: %s", plan, why)
+    return plan
+
+
+def _first_micro(loader: PackLoader):
+    position = loader.state()
+    micro = loader.next_window()[0]
+    loader.load_state(position)
+    return micro

@@ -78,7 +78,7 @@ def patched(
         if reason := why_not_fused(model):
             raise ValueError(f"kernels.layer=fused: {reason}; use kernels.layer=stock")
         keeps = _kept_of_layers(len(llama.model.layers), recompute_layers, keep_inputs_layers)
-        run_layers = _FusedLayers(llama.model, attend, keeps, cached_layers)
+        run_layers = FusedLayers(llama.model, attend, keeps, cached_layers)
     else:
         run_layers = _StockLayers(recompute_layers)
     edited: list[nn.Module] = []
@@ -152,7 +152,7 @@ class _StockLayers:
         return llama_model.norm(hidden_BLH)
 
 
-class _FusedLayers:
+class FusedLayers:
     """The same layers as `decoder_layer` runs them, with the last residual sum fused into the final norm."""
 
     def __init__(self, llama_model: LlamaModel, attention: Attention, keeps: list[str], cached_layers: int):
@@ -160,31 +160,35 @@ class _FusedLayers:
         norm = llama_model.norm.weight
         self._adapters = AdapterCopies(norm.dtype, norm.device)
         self._dropout_p = _dropout_of(llama_model)
-        self._layers = []
+        self.layers = []
         for index, layer in enumerate(llama_model.layers):
             fused = _fuse(layer, index, attention, self._adapters, keeps=keeps[index])
             if index < cached_layers:
                 for weights in fused.weights.values():
                     weights.keep()
-            self._layers.append(fused)
+            self.layers.append(fused)
 
     def __call__(self, llama_model: LlamaModel, hidden_BLH: Tensor, position_ids_BL: Tensor, layout: DocumentLayout):
         self._adapters.refresh()
-        for layer in self._layers:
+        for layer in self.layers:
             for weights in layer.weights.values():
                 weights.refresh()
-        dropout = None
-        if llama_model.training and self._dropout_p > 0.0:
-            # From torch's CPU generator, which checkpoints carry: the mask of a resumed step is the same one.
-            dropout = Dropout(self._dropout_p, int(torch.randint(2**62, ()).item()))
-        cos_PD, sin_PD = self._rope_tables(llama_model, hidden_BLH.shape[1])
-        batch = Batch(layout, cos_PD, sin_PD, position_ids_BL.flatten(), dropout)
+        batch = self.batch(llama_model, position_ids_BL, layout)
         residual_TH, update_TH = hidden_BLH.flatten(0, 1), None
-        for layer in self._layers:
+        for layer in self.layers:
             residual_TH, update_TH = decoder_layer(residual_TH, update_TH, layer, batch)
         norm = llama_model.norm
         _, normed_TH = add_rms_norm(residual_TH, update_TH, norm.weight, norm.variance_epsilon)
         return normed_TH.view(hidden_BLH.shape)
+
+    def batch(self, llama_model: LlamaModel, position_ids_BL: Tensor, layout: DocumentLayout) -> Batch:
+        """What the layers share in one micro-batch; in training mode it draws a seed for the dropout masks."""
+        dropout = None
+        if llama_model.training and self._dropout_p > 0.0:
+            # From torch's CPU generator, which checkpoints carry: the mask of a resumed step is the same one.
+            dropout = Dropout(self._dropout_p, int(torch.randint(2**62, ()).item()))
+        cos_PD, sin_PD = self._rope_tables(llama_model, position_ids_BL.shape[1])
+        return Batch(layout, cos_PD, sin_PD, position_ids_BL.flatten(), dropout)
 
     def _rope_tables(self, llama_model: LlamaModel, num_positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin [P, D/2] for positions 0 to P - 1, made once for each P."""
