@@ -9,13 +9,11 @@ import torch
 from torch import nn
 
 from packloop.kernels import reference
+from packloop.kernels.extended_weight import ExtendedWeight, extended_group_backward, extended_group_forward
 from packloop.kernels.lora_linear import (
     DenseWeight,
     Dropout,
-    ExtendedWeight,
     Lora,
-    extended_group_backward,
-    extended_group_forward,
     join_loras,
     lora_group_backward,
     lora_group_forward,

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from packloop.kernels.lora_linear import ExtendedWeight, LoraGroup
+from packloop.kernels.extended_weight import ExtendedWeight
+from packloop.kernels.lora_linear import LoraGroup
 from packloop.kernels.nf4 import dequantize
 
 # Adapters join the weight's own product where their columns keep its rows aligned to 16 bytes.

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from packloop.kernels.attention import Attention, DocumentLayout
 from packloop.kernels.base_weights import GroupWeights
+from packloop.kernels.extended_weight import ExtendedWeight, extended_group_forward
 from packloop.kernels.lora_linear import (
     Dropout,
-    ExtendedWeight,
     LoraGroup,
-    extended_group_forward,
     lora_a_gradient,
     lora_b_gradients,
     lora_group_forward,

@@ -197,13 +197,13 @@ def lora_group_backward(
     d_projected_TR, b_gradients = lora_b_gradients(dy_TO, projected_TR, group, dropout)
     gradients: list[tuple[Tensor, Tensor] | None] = [None] * len(b_gradients)
     if d_projected_TR is not None:
-        gradients = _pair_gradients(lora_a_gradient(d_projected_TR, x_TH, group, dropout), b_gradients, group)
+        gradients = pair_gradients(lora_a_gradient(d_projected_TR, x_TH, group, dropout), b_gradients, group)
     if not needs_dx:
         return None, gradients
     return lora_input_gradient(dy_TO, d_projected_TR, weights_OH, group, dropout, dx=dx), gradients
 
 
-def _pair_gradients(
+def pair_gradients(
     da_RH: Tensor, b_gradients: list[Tensor | None], group: LoraGroup
 ) -> list[tuple[Tensor, Tensor] | None]:
     return [
@@ -269,7 +269,7 @@ def lora_input_gradient(
         dx = torch.empty(like.shape[0], weights_OH[0].shape[1], dtype=like.dtype, device=like.device)
     _base_input_gradient(dys, weights_OH, dx)
     if d_projected_TR is not None:
-        _add_adapter_input_gradient_(dx, d_projected_TR, group, dropout)
+        add_adapter_input_gradient_(dx, d_projected_TR, group, dropout)
     return dx
 
 
@@ -286,7 +286,7 @@ def _base_input_gradient(dy_TO: Tensor | Sequence[Tensor], weights_OH: Sequence[
         dx_TH.addmm_(dy, weight_OH, beta=0 if index == 0 else 1)
 
 
-def _add_adapter_input_gradient_(
+def add_adapter_input_gradient_(
     dx_TH: Tensor, d_projected_TR: Tensor, group: LoraGroup, dropout: Dropout | None
 ) -> None:
     if dropout is None:
@@ -303,91 +303,6 @@ def _wide_product(left: Tensor, right: Tensor) -> Tensor:
         return torch.mm(left, right, out_dtype=torch.float32)
     dtype = torch.promote_types(left.dtype, torch.float32)
     return left.to(dtype) @ right.to(dtype)
-
-
-@dataclass(frozen=True)
-class ExtendedWeight:
-    """A group's weight with its adapters beside it in one buffer, so that neither sum takes a pass over memory.
-
-        buffer [O + R, H + R] = | W  B |      y  = [x | projected] [W | B]^T
-                                | A  . |      dx = [dy | d_projected] [W ; A]
-
-    B is block diagonal (member by member): y costs R/H more arithmetic but no reading and writing of y; so does dx.
-    """
-
-    buffer: Tensor
-    out_features: tuple[int, ...]
-    num_features: int
-
-    @staticmethod
-    def allocate(
-        num_features: int, group: LoraGroup, *, dtype: torch.dtype, device: torch.device | str
-    ) -> ExtendedWeight:
-        """A buffer whose `base` the caller fills; `write_adapters` does the rest."""
-        num_outputs, num_ranks = sum(group.out_features), group.a_RH.shape[0]
-        buffer = torch.zeros(num_outputs + num_ranks, num_features + num_ranks, dtype=dtype, device=device)
-        return ExtendedWeight(buffer, group.out_features, num_features)
-
-    @property
-    def base(self) -> Tensor:
-        """W [O, H], to be filled by the caller: strided rows."""
-        return self.buffer[: sum(self.out_features), : self.num_features]
-
-    def write_adapters(self, group: LoraGroup) -> None:
-        """Copies the group's A and B; again whenever they change."""
-        num_outputs = sum(self.out_features)
-        self.buffer[num_outputs:, : self.num_features].copy_(group.a_RH)
-        for columns, ranks, b_Or in group.members():
-            if b_Or is not None:
-                self.buffer[columns, self.num_features + ranks.start : self.num_features + ranks.stop].copy_(b_Or)
-
-
-@torch.no_grad()
-def extended_group_forward(
-    x_extended: Tensor,
-    weight: ExtendedWeight,
-    group: LoraGroup,
-    dropout: Dropout | None = None,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """y [T, O] in one product. `x_extended` is [T, H + R]: x, and R columns that receive `projected`."""
-    x_TH, projected_TR = x_extended.split([weight.num_features, group.a_RH.shape[0]], dim=1)
-    lora_project(x_TH, group, dropout, out=projected_TR)
-    rows = weight.buffer[: sum(group.out_features)]
-    return torch.mm(x_extended, rows.T) if out is None else torch.mm(x_extended, rows.T, out=out)
-
-
-@torch.no_grad()
-def extended_group_backward(
-    dy_extended: Tensor,
-    x_extended: Tensor,
-    weight: ExtendedWeight,
-    group: LoraGroup,
-    dropout: Dropout | None = None,
-    *,
-    needs_dx: bool = True,
-    dx: Tensor | None = None,
-) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
-    """`(dx, [(dA, dB) or None])` as `lora_group_backward`; dx in one product where there is no dropout.
-
-    `dy_extended` is [T, O + R]: dy, and R columns that receive the gradient of `projected`.
-    """
-    num_outputs = sum(group.out_features)
-    x_TH, projected_TR = x_extended.split([weight.num_features, group.a_RH.shape[0]], dim=1)
-    dy_TO, d_projected_TR = dy_extended.split([num_outputs, group.a_RH.shape[0]], dim=1)
-    _, b_gradients = lora_b_gradients(dy_TO, projected_TR, group, dropout, out=d_projected_TR)
-    gradients = _pair_gradients(lora_a_gradient(d_projected_TR, x_TH, group, dropout), b_gradients, group)
-    if not needs_dx:
-        return None, gradients
-    if dx is None:
-        dx = torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device)
-    if dropout is None:
-        torch.mm(dy_extended, weight.buffer[:, : weight.num_features], out=dx)
-    else:
-        torch.mm(dy_TO, weight.base, out=dx)
-        _add_adapter_input_gradient_(dx, d_projected_TR, group, dropout)
-    return dx, gradients
 
 
 class _LoraLinearGroup(torch.autograd.Function):

@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from packloop.kernels import dropout, nf4, reference, rms_norm, rope, swiglu
+from packloop.kernels.extended_weight import ExtendedWeight, extended_group_backward, extended_group_forward
 from packloop.kernels.lora_linear import (
     DenseWeight,
     Dropout,
-    ExtendedWeight,
     Lora,
-    extended_group_backward,
-    extended_group_forward,
     join_loras,
     lora_group_backward,
     lora_group_forward,
