@@ -196,6 +196,7 @@ def test_the_merged_directory_has_tokenizer_card_and_generation_settings(nf4_run
     assert "NF4 weights that it was trained on" in card
     assert str(tmp_path) not in card
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
 
 
 def test_the_cards_snippets_load_the_models(nf4_run, base, tmp_path, monkeypatch):

@@ -188,6 +188,7 @@ def _write_shards(directory: Path, shards: list[list[str]], merged: Callable[[st
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors  # or two shards would be in memory while the next is made
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -236,8 +237,11 @@ def _published_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
+        mode = (temporary / "config.json").stat().st_mode
+        for path in temporary.iterdir():
+            path.chmod(mode)  # safetensors' own are readable by their owner alone
             _flush(path)
+        _flush(temporary)
         os.replace(temporary, final)  # replaces an empty directory; fails where it was filled meanwhile
         _flush(final.parent)
     except (OSError, SafetensorError) as error:
