@@ -181,12 +181,13 @@ def _forward(
         num_outputs = sum(adapters.out_features)
         y_wide = _buffer(x_wide, num_outputs + spare_columns)
         out = y_wide[:, :num_outputs]
-        if isinstance(weight, ExtendedWeight):
+        if isinstance(weight, ExtendedWeight) and x_wide.shape[1] > weight.num_features:
             extended_group_forward(x_wide, weight, adapters, dropout, out=out)
             projected = x_wide[:, weight.num_features :]
             kept.projected[group] = projected if keeps_inputs else projected.clone()
         else:
-            _, kept.projected[group] = lora_group_forward(x_wide, weight, adapters, dropout, out=out)
+            dense = [weight.base] if isinstance(weight, ExtendedWeight) else weight
+            _, kept.projected[group] = lora_group_forward(x_wide, dense, adapters, dropout, out=out)
         if keeps_inputs and layer.has_adapter(group):
             kept.inputs[group] = x_wide
         return y_wide
@@ -253,8 +254,9 @@ def _backward(
         wide = kept.inputs.pop(group) if group in kept.inputs else _normed(layer, group, x, None)[1]
         return wide[:, : x.shape[1]]
 
-    output_gradient("down", d_out)
-    d_hidden = input_gradient("down", d_out)
+    d_out_wide = _with_spare_columns(d_out, layer.spare_columns("down"))
+    output_gradient("down", d_out_wide)
+    d_hidden = input_gradient("down", d_out_wide)
     gate, up = _gate_and_up(layer, kept.gate_up)
     hidden = kept.inputs.pop("down", None)
     rebuilt = _buffer(gate, gate.shape[1]) if hidden is None and layer.has_adapter("down") else None
@@ -268,10 +270,11 @@ def _backward(
     del d_gate_up
     if layer.has_adapter("gate_up"):
         a_gradient("gate_up", normed("gate_up", kept.x2))
-    d_x2, _ = add_rms_norm_backward(d_n2, d_out, kept.x2, layer.norm2_H, kept.rstd2, d_residual=d_n2)
+    d_x2_wide, d_x2 = _gradient_buffer(d_n2, layer.spare_columns("o"))
+    add_rms_norm_backward(d_n2, d_out, kept.x2, layer.norm2_H, kept.rstd2, d_residual=d_x2)
 
-    output_gradient("o", d_x2)
-    d_attended = input_gradient("o", d_x2)
+    output_gradient("o", d_x2_wide)
+    d_attended = input_gradient("o", d_x2_wide)
     if layer.has_adapter("o"):
         a_gradient("o", kept.attended)
     d_qkv = _buffer(kept.qkv, kept.qkv.shape[1] + layer.spare_columns("qkv"))
@@ -290,8 +293,27 @@ def _backward(
     d_x1 = None
     if needs_dx:
         d_n1 = input_gradient("qkv", d_qkv)
-        d_x1, _ = add_rms_norm_backward(d_n1, d_x2, kept.x1, layer.norm1_H, kept.rstd1, d_residual=d_n1)
+        # The layer before has this gradient as its output's, whose product takes spare columns too.
+        _, d_x1 = _gradient_buffer(d_n1, layer.spare_columns("down"))
+        add_rms_norm_backward(d_n1, d_x2, kept.x1, layer.norm1_H, kept.rstd1, d_residual=d_x1)
     return d_x1, _in_master_order(layer, a_gradients, b_gradients)
+
+
+def _gradient_buffer(dx: Tensor, num_spare: int) -> tuple[Tensor, Tensor]:
+    """(a buffer with spare columns, its part shaped like dx); dx itself where none are needed."""
+    if num_spare == 0:
+        return dx, dx
+    wide = _buffer(dx, dx.shape[1] + num_spare)
+    return wide, wide[:, : dx.shape[1]]
+
+
+def _with_spare_columns(gradient: Tensor, num_spare: int) -> Tensor:
+    """The buffer that `_gradient_buffer` made for this gradient, found again behind autograd; else the gradient."""
+    wide = gradient._base
+    if num_spare and wide is not None and wide.shape == (gradient.shape[0], gradient.shape[1] + num_spare):
+        same_place = wide.data_ptr() == gradient.data_ptr() and wide.stride() == gradient.stride()
+        return wide if same_place else gradient
+    return gradient
 
 
 def _in_master_order(

@@ -14,10 +14,10 @@ from packloop.kernels.lora_linear import (
     Dropout,
     LoraGroup,
     add_adapter_input_gradient_,
-    pair_gradients,
     lora_a_gradient,
     lora_b_gradients,
     lora_project,
+    pair_gradients,
 )
 
 

@@ -207,10 +207,8 @@ def _fuse(layer: nn.Module, index: int, attention: Attention, adapters: AdapterC
         bases = [getattr(module, "base_layer", module) for module in modules]
         loras = [_adapter(module) for module in modules]
         groups[name] = adapters.group([base.out_features for base in bases], loras)
-        # The output projection reads what attention wrote, which has no columns to spare.
-        weights[name] = GroupWeights(
-            [base.weight for base in bases], groups[name], layer.input_layernorm.weight.dtype, extends=name != "o"
-        )
+        dtype = layer.input_layernorm.weight.dtype
+        weights[name] = GroupWeights([base.weight for base in bases], groups[name], dtype, extends=True)
         masters += [master for lora in loras if lora is not None for master in (lora.a_rH, lora.b_Or)]
     attn = layer.self_attn
     return FusedLayer(
