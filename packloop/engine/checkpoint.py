@@ -15,7 +15,8 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +52,13 @@ def checkpoint_name(step: int) -> str:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` on a temporary sibling of `path`, flushes it and renames it over `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
 
 
 def save_checkpoint(
@@ -90,13 +94,22 @@ def save_checkpoint(
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(final, aside)
         os.replace(temporary, final)
-        _flush(root)
+        flush(root)
         write_atomically(root / "latest", lambda path: path.write_text(final.name + "\n", encoding="utf-8"))
         _prune(root, keep, current=final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise disk_error(root, error, needed=_num_bytes(optimizer)) from error
     return final
+
+
+@contextmanager
+def disk_errors(path: Path, *, needed: int = 0) -> Iterator[None]:
+    """Turns what the disk refuses inside the context into `disk_error`'s one line about `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise disk_error(path, error, needed=needed) from error
 
 
 def disk_error(path: Path, error: Exception, *, needed: int) -> InputError:
@@ -106,16 +119,16 @@ def disk_error(path: Path, error: Exception, *, needed: int) -> InputError:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     remedy = "free some space or choose another train.output_dir" if full else "check the disk and its permissions"
     return InputError(
-        f"cannot write to {str(path)!r}: {error} (at least {needed / 2**20:.0f} MiB needed, "
-        f"{free / 2**20:.0f} MiB free); what was written before is intact; {remedy}, then continue with --resume latest"
+        f"cannot write to {str(path)!r}: {error} (at least {needed / 2**20:.2f} MiB needed, "
+        f"{free / 2**20:.2f} MiB free); what was written before is intact; {remedy}, then continue with --resume latest"
     )
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Checkpoint:
     """The checkpoint that `--resume` names: `latest` or a directory.
 
-    `latest` takes the one saved last, or the newest that verifies: one that does not is renamed to `NAME.damaged` and
-    the next older is tried. A named directory must verify itself. InputError where none does.
+    `latest` takes the newest that verifies; one that does not is renamed to `NAME.damaged` and the next older is
+    tried. A named directory must verify itself. InputError where none does.
     """
     if resume != "latest":
         path = Path(resume)
@@ -128,11 +141,18 @@ def find_checkpoint(run_dir: Path, resume: str) -> Checkpoint:
         fault = verify(path)
         if not fault:
             return load_checkpoint(path)
-        damaged = path.with_name(path.name + ".damaged")
-        logger.warning("checkpoint %s is damaged (%s): set aside as %s", path.name, fault, damaged.name)
-        shutil.rmtree(damaged, ignore_errors=True)
-        os.replace(path, damaged)
+        logger.warning("checkpoint %s is damaged (%s): set aside as %s", path.name, fault, _set_aside(path, "damaged"))
     raise InputError(f"no usable checkpoint in {str(root)!r}; start without --resume in an empty train.output_dir")
+
+
+def set_newer_aside(run_dir: Path, step: int) -> None:
+    """Renames checkpoints after `step` to `NAME.superseded`: a run resumed from an older one is about to pass them.
+
+    Otherwise `latest` would return to them, and to steps that metrics.jsonl no longer has.
+    """
+    for path in _newest_first(run_dir / "checkpoints"):
+        if _step_of(path) > step:
+            logger.warning("checkpoint %s is newer: set aside as %s", path.name, _set_aside(path, "superseded"))
 
 
 def verify(path: Path) -> str | None:
@@ -207,15 +227,15 @@ def _seal(directory: Path) -> None:
     """Flushes every file, writes the manifest over them and flushes the directory."""
     listed = {}
     for file in sorted(directory.iterdir()):
-        _flush(file)
+        flush(file)
         listed[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     (directory / MANIFEST).write_text(json.dumps({"version": 1, "files": listed}, indent=2), encoding="utf-8")
-    _flush(directory / MANIFEST)
-    _flush(directory)
+    flush(directory / MANIFEST)
+    flush(directory)
 
 
 def _prune(root: Path, keep: int, current: Path) -> None:
-    for leftover in root.glob(".step-*.old"):
+    for leftover in root.glob(".step-*"):  # of a save that a crash cut short
         shutil.rmtree(leftover, ignore_errors=True)
     kept = 1
     for path in _newest_first(root):
@@ -227,21 +247,27 @@ def _prune(root: Path, keep: int, current: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _set_aside(path: Path, why: str) -> str:
+    aside = path.with_name(f"{path.name}.{why}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    return aside.name
+
+
 def _newest_first(root: Path) -> list[Path]:
-    """Checkpoints from the one saved last to the oldest, then those of a continuation that a resume has left behind."""
+    """The checkpoints in `root`, whole or not, without those set aside."""
     found = [path for path in root.glob("step-*") if path.is_dir() and _step_of(path) is not None]
-    last = root / "latest"
-    named = root / last.read_text(encoding="utf-8").strip() if last.is_file() else None
-    newest = _step_of(named) if named in found else None
-    return sorted(found, key=lambda path: (newest is not None and _step_of(path) > newest, -_step_of(path)))
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def _step_of(path: Path) -> int | None:
+    """The step in a checkpoint's name; None for one that was set aside."""
     number = path.name.removeprefix("step-")
     return int(number) if number.isdecimal() else None
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Waits until the file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

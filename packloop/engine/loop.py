@@ -27,6 +27,7 @@ from packloop.engine.checkpoint import (
     find_checkpoint,
     restore_rng,
     save_checkpoint,
+    set_newer_aside,
 )
 from packloop.engine.environment import describe_environment
 from packloop.engine.evaluate import evaluate
@@ -169,6 +170,8 @@ def train(
     state = _restore(checkpoint, model, optimizer, loader, accelerator) if checkpoint else TrainState()
 
     if accelerator.is_main_process:
+        if resume:
+            set_newer_aside(run_dir, state.step)
         write_run_files(run_dir, config, describe_environment(), tokenizer)
     if config.log.trackers:
         accelerator.init_trackers("packloop", config={"config": config.model_dump_json()})

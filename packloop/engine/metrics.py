@@ -11,22 +11,31 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from packloop.engine.checkpoint import disk_errors
+
 
 class MetricsFile:
-    """RUN/metrics.jsonl: one JSON object a line, flushed a line at a time; only the main process writes."""
+    """RUN/metrics.jsonl: one JSON object a line, written a line at a time; only the main process writes.
+
+    InputError where the disk refuses.
+    """
 
     def __init__(self, path: Path, *, enabled: bool, resume_step: int = 0):
-        self._file = None
+        self._path, self._file = path, None
         if not enabled:
             return
-        if path.exists():
-            _keep_until(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        with disk_errors(path):
+            if path.exists():
+                _keep_until(path, resume_step)
+            self._file = path.open("ab", buffering=0)  # nothing is left to be written when it is closed
 
     def write(self, values: dict) -> None:
-        if self._file:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+        if not self._file:
+            return
+        line = json.dumps(values).encode("utf-8") + b"\n"
+        with disk_errors(self._path, needed=len(line)):
+            while line:
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         if self._file:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 from peft import PeftModel
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from packloop.config import RunConfig, changed_keys, dump_config, load_config, parse_config
-from packloop.engine.checkpoint import write_atomically
+from packloop.engine.checkpoint import disk_errors, flush, write_atomically
 from packloop.errors import ConfigError, InputError
 
 # Settings that do not touch the numbers of a run, so a resumed run may have others.
@@ -50,11 +53,37 @@ def config_for_resume(given: RunConfig, checkpoint_dir: Path) -> RunConfig:
 
 
 def write_run_files(run_dir: Path, config: RunConfig, environment: dict, tokenizer: PreTrainedTokenizerBase) -> None:
-    """config.resolved.yaml, environment.json and the tokenizer: what generate, merge and a later resume need."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / "config.resolved.yaml", lambda p: p.write_text(dump_config(config), encoding="utf-8"))
-    write_atomically(run_dir / "environment.json", lambda p: p.write_text(json.dumps(environment, indent=2) + "\n"))
-    tokenizer.save_pretrained(run_dir)
+    """config.resolved.yaml, environment.json and the tokenizer: what generate, merge and a later resume need.
+
+    InputError where the disk refuses.
+    """
+    # The tokenizers library says a full disk with a bare Exception, so room for its file is looked for beforehand.
+    needed = 2 * len(tokenizer.backend_tokenizer.to_str().encode("utf-8"))
+    with disk_errors(run_dir, needed=needed):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(run_dir).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_atomically(
+            run_dir / "config.resolved.yaml", lambda p: p.write_text(dump_config(config), encoding="utf-8")
+        )
+        write_atomically(run_dir / "environment.json", lambda p: p.write_text(json.dumps(environment, indent=2) + "\n"))
+        tokenizer.save_pretrained(run_dir)
+
+
+def write_final_weights(run_dir: Path, model: nn.Module) -> None:
+    """`write_weights`, with each file in place only once all of them are whole. InputError where the disk refuses."""
+    temporary = run_dir / ".weights.tmp"
+    try:
+        with disk_errors(run_dir, needed=sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write_weights(temporary, model)
+            for file in sorted(temporary.iterdir()):
+                flush(file)
+                os.replace(file, run_dir / file.name)
+            flush(run_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_weights(directory: Path, model: nn.Module) -> None:
