@@ -1,0 +1,164 @@
+"""The fused decoder layer against Hugging Face's and PEFT's modules: loss, every gradient, and what changes neither."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from packloop.config import LoraConfig, ModelConfig
+from packloop.engine.model import load_model
+from packloop.engine.optim import FlatParameters
+from packloop.kernels.attention import DocumentLayout
+from packloop.kernels.linear_cross_entropy import linear_cross_entropy
+from packloop.kernels.patch import packed_loss_sum, patched, why_not_fused
+
+LENGTHS = (5, 19, 8)  # documents of a row, of which the last is padding
+TARGETS = {
+    "attention": ["q_proj", "v_proj"],
+    "output": ["o_proj", "down_proj"],
+    "uneven": ["k_proj", "gate_proj"],
+    "all": "all-linear",
+}
+
+
+def make_model(base, *, quantization: str, targets, dropout: float = 0.0, r: int = 8):
+    torch.manual_seed(0)
+    model = load_model(
+        ModelConfig(name_or_path=str(base), dtype="float32", quantization=quantization),
+        LoraConfig(r=r, alpha=16, dropout=dropout, target_modules=targets),
+        torch.device("cpu"),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would hide the gradient of A
+            parameter.data.normal_(std=0.05)
+    model.train()
+    return model, FlatParameters(model)
+
+
+def micro_batch(vocabulary: int = 300, rows: int = 2):
+    generator = torch.Generator().manual_seed(1)
+    width = sum(LENGTHS)
+    input_ids = torch.randint(3, vocabulary, (rows, width), generator=generator)
+    numbers = torch.cat([torch.full((n,), i, dtype=torch.int32) for i, n in enumerate(LENGTHS[:-1])])
+    document_ids = torch.cat([numbers, torch.full((LENGTHS[-1],), -1, dtype=torch.int32)]).repeat(rows, 1)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS]).repeat(rows, 1)
+    bounds = torch.tensor([0, *itertools.accumulate(LENGTHS * rows)], dtype=torch.int32)
+    layout = DocumentLayout(document_ids, bounds, max(LENGTHS), is_packed=True)
+    label_index = torch.cat([row * width + torch.arange(1, 20) for row in range(rows)])
+    label_ids = torch.randint(3, vocabulary, label_index.shape, generator=generator)
+    return input_ids, positions, layout, label_index, label_ids
+
+
+def loss_and_gradient(model, flat, *, seed: int = 7, attention: str = "sdpa", **options):
+    torch.manual_seed(seed)  # dropout masks
+    flat.zero_gradient()
+    with patched(model, attention=attention, **options) as llama:
+        loss = packed_loss_sum(llama, *micro_batch())
+        loss.backward()
+    flat.check_linked()
+    return loss.item(), flat.gradient.clone()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("targets", TARGETS)
+def test_same_loss_and_gradients_as_stock_modules(small_base, quantization, targets):
+    model, flat = make_model(small_base, quantization=quantization, targets=TARGETS[targets])
+    stock_loss, stock = loss_and_gradient(model, flat, fused=False)
+    loss, gradient = loss_and_gradient(model, flat, fused=True)
+    assert loss == pytest.approx(stock_loss, rel=1e-6)
+    assert (gradient - stock).norm() <= 2e-6 * stock.norm()
+
+
+@pytest.mark.parametrize("rank", [3, 12])
+def test_ranks_that_do_not_align_take_the_plain_products(small_base, rank):
+    model, flat = make_model(small_base, quantization="nf4", targets="all-linear", r=rank)
+    stock_loss, stock = loss_and_gradient(model, flat, fused=False)
+    loss, gradient = loss_and_gradient(model, flat, fused=True)
+    assert loss == pytest.approx(stock_loss, rel=1e-6)
+    assert (gradient - stock).norm() <= 2e-6 * stock.norm()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute_layers": 2},
+        {"recompute_layers": 1},
+        {"cached_layers": 2},
+        {"recompute_layers": 1, "cached_layers": 1},
+        {"keep_inputs_layers": 2},
+        {"recompute_layers": 1, "keep_inputs_layers": 1, "cached_layers": 2},
+    ],
+    ids=str,
+)
+def test_row15_memory_choices_change_no_bit_at_dropout(small_base, options):
+    model, flat = make_model(small_base, quantization="nf4", targets="all-linear", dropout=0.1)
+    loss, gradient = loss_and_gradient(model, flat, fused=True)
+    other_loss, other = loss_and_gradient(model, flat, fused=True, **options)
+    assert other_loss == loss
+    assert torch.equal(other, gradient)
+
+
+def test_dropout_draws_another_mask_for_another_seed_and_none_in_evaluation(small_base):
+    model, flat = make_model(small_base, quantization="none", targets=["q_proj"], dropout=0.5)
+    losses = {seed: loss_and_gradient(model, flat, fused=True, seed=seed)[0] for seed in (1, 2)}
+    assert losses[1] != losses[2]
+    assert loss_and_gradient(model, flat, fused=True, seed=1)[0] == losses[1]
+    model.eval()
+    dry = [loss_and_gradient(model, flat, fused=True, seed=seed)[0] for seed in (1, 2)]
+    assert dry[0] == dry[1] not in losses.values()
+
+
+def test_cached_weights_follow_the_adapter(small_base):
+    """The adapters lie beside a cached weight in one buffer: a step must reach them there."""
+    model, flat = make_model(small_base, quantization="nf4", targets="all-linear")
+    batch = micro_batch()
+    with patched(model, attention="sdpa", fused=True, cached_layers=2) as llama, torch.no_grad():
+        before = packed_loss_sum(llama, *batch).item()
+        flat.weight.data.mul_(1.5)
+        after = packed_loss_sum(llama, *batch).item()
+    with patched(model, attention="sdpa", fused=True) as llama, torch.no_grad():
+        assert packed_loss_sum(llama, *batch).item() == after != before
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_row04_documents_do_not_see_each_other(small_base, attention):
+    model, _ = make_model(small_base, quantization="nf4", targets="all-linear")
+    input_ids, positions, layout, _, _ = micro_batch()
+    with patched(model, attention=attention, fused=True) as llama, torch.no_grad():
+
+        def hidden(ids):
+            return llama.model(input_ids=ids, position_ids=positions, layout=layout).last_hidden_state
+
+        first = hidden(input_ids)
+        input_ids[:, :5] += 1
+        second = hidden(input_ids)
+    assert torch.equal(first[:, 5:], second[:, 5:])
+    assert not torch.equal(first[:, :5], second[:, :5])
+
+
+def test_it_refuses_what_it_does_not_compute(small_base):
+    model, _ = make_model(small_base, quantization="none", targets=["q_proj"])
+    model.config.mlp_bias = True
+    assert "bias" in why_not_fused(model)
+    with (
+        pytest.raises(ValueError, match=r"kernels\.layer=fused: .*bias.*kernels\.layer=stock"),
+        patched(model, attention="sdpa", fused=True),
+    ):
+        pass
+
+
+def test_head_in_chunks_equals_the_whole(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(150, 32, generator=generator).requires_grad_()
+    weight = torch.randn(300, 32, generator=generator).requires_grad_()
+    index, ids = torch.randperm(150, generator=generator)[:131], torch.randint(0, 300, (131,), generator=generator)
+    whole = torch.nn.functional.cross_entropy(hidden[index] @ weight.T, ids, reduction="sum")
+    wanted = torch.autograd.grad(whole * 2, (hidden, weight))
+    monkeypatch.setattr("packloop.kernels.linear_cross_entropy.CHUNK_BYTES", 64 * 300 * 4)
+    loss = linear_cross_entropy(hidden, weight, index, ids)
+    found = torch.autograd.grad(loss * 2, (hidden, weight))
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
