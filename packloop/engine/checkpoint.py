@@ -163,10 +163,11 @@ def verify(path: Path) -> str | None:
         present = {entry.name for entry in path.iterdir()} - {MANIFEST}
         if present != set(listed):
             return f"files {sorted(present ^ set(listed))} are missing or extra"
+        for name in (MANIFEST, *listed):
+            if (path / name).is_symlink() or not (path / name).is_file():
+                return f"{name} is not a plain file"
         for name, expected in listed.items():
             file = path / name
-            if file.is_symlink() or not file.is_file():
-                return f"{name} is not a plain file"
             if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
                 return f"{name} does not match the manifest"
     except FileNotFoundError as error:
