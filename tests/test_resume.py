@@ -231,8 +231,8 @@ def test_what_does_not_touch_the_numbers_may_change(whole, small_base, small_row
     assert [values for values in read_metrics(tmp_path / "run") if "loss" in values] == expected
 
 
-def test_latest_is_where_the_run_went_on_not_the_highest_number(whole, small_base, small_rows, tmp_path):
-    """Resumed from an older checkpoint and stopped, a run still has the newer ones of its abandoned continuation."""
+def test_resumed_from_an_older_checkpoint_the_newer_ones_are_set_aside(whole, small_base, small_rows, tmp_path):
+    """`latest` must not return to a continuation that was given up, whose steps metrics.jsonl no longer has."""
     shutil.copytree(whole, tmp_path / "run")
     config = config_of(small_base, small_rows, tmp_path / "run")
 
@@ -241,8 +241,7 @@ def test_latest_is_where_the_run_went_on_not_the_highest_number(whole, small_bas
             os.kill(os.getpid(), signal.SIGINT)
 
     assert train(config, resume=str(tmp_path / "run/checkpoints/step-000004"), on_step=stop).state.step == 6
-    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-000006\n"
-    assert (tmp_path / "run/checkpoints/step-000010").is_dir()
+    assert (tmp_path / "run/checkpoints/step-000010.superseded").is_dir()
     seen = []
     train(config, resume="latest", on_step=lambda values: seen.append(values["step"]))
     assert seen == list(range(7, NUM_STEPS + 1))
