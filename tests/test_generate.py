@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,15 @@ def test_an_adapter_of_another_shape_or_with_missing_layers_is_refused(base, tmp
         with pytest.raises(InputError, match=reason) as caught:
             load_run(run)
         assert "\n" not in str(caught.value)
+
+
+def test_loading_a_run_asks_nothing_of_the_hub(base, tmp_path):
+    run = save_run(run_config(base, tmp_path / "run"))
+    file = run / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "no-such/model"}))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=UserWarning)  # PEFT warns where such a look-up fails
+        load_run(run)
 
 
 def test_a_pickled_adapter_is_never_loaded(base, tmp_path):

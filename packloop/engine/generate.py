@@ -111,7 +111,8 @@ def _with_adapter(base: LlamaForCausalLM, run: FinishedRun) -> PeftModel:
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{where} cannot be loaded onto {run.config.model.name_or_path!r}: {reason}") from error
-    different = saved ^ set(get_peft_model_state_dict(model))
+    # save_embedding_layers: left at "auto", it looks the base model up on the Hub.
+    different = saved ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if different:
         raise InputError(
             f"{where} does not fit the base {run.config.model.name_or_path!r}: {min(different)} is in one only; "
