@@ -21,19 +21,19 @@ _RANK_ALIGNMENT = 8
 class GroupWeights:
     """The base weights of linear layers that share an input, called for what the group's products take.
 
-    NF4 members are dequantised into the rows of one new buffer, so that the group is one product; with `extends` the
-    adapters lie beside them in it (`ExtendedWeight`). Dense members are returned as they are, one product each.
+    NF4 members are dequantised into the rows of one new buffer, so that the group is one product; the adapters lie
+    beside them in it (`extends`, an `ExtendedWeight`). Dense members are returned as they are, one product each.
     `keep()` stores the buffer, so that later calls cost nothing: same values, same results.
     """
 
-    def __init__(self, members: Sequence[Tensor], group: LoraGroup, dtype: torch.dtype, *, extends: bool = False):
+    def __init__(self, members: Sequence[Tensor], group: LoraGroup, dtype: torch.dtype):
         is_nf4 = [hasattr(weight, "quant_state") for weight in members]
         if any(is_nf4) != all(is_nf4):
             raise ValueError("a group of linear layers is either all NF4 or all dense; this one is mixed")
         self._members, self._group, self._dtype = list(members), group, dtype
         self.is_quantised = is_nf4[0]
         num_ranks = 0 if group.a_RH is None else group.a_RH.shape[0]
-        self.extends = extends and self.is_quantised and num_ranks > 0 and num_ranks % _RANK_ALIGNMENT == 0
+        self.extends = self.is_quantised and num_ranks > 0 and num_ranks % _RANK_ALIGNMENT == 0
         self._num_ranks = num_ranks if self.extends else 0
         self._kept: list[Tensor] | ExtendedWeight | None = None
 
@@ -45,7 +45,8 @@ class GroupWeights:
         rows, columns = self._buffer_shape()
         return rows * columns * torch.empty((), dtype=self._dtype).element_size()
 
-    def __call__(self) -> list[Tensor] | ExtendedWeight:
+    def __call__(self, *, for_backward: bool = False) -> list[Tensor] | ExtendedWeight:
+        """What the group's products take; an extended weight has only the adapters' half that the direction needs."""
         if self._kept is not None:
             return self._kept
         if not self.is_quantised:
@@ -59,19 +60,16 @@ class GroupWeights:
             row += num_rows
         if not self.extends:
             return [buffer]
-        buffer[:row, num_features:].zero_()
         extended = ExtendedWeight(buffer, self._group.out_features, num_features)
-        extended.write_adapters(self._group)
+        extended.write_adapters(self._group, a=for_backward, b=not for_backward)
         return extended
 
-    def keep(self) -> None:
-        """Dequantises once and for all."""
+    def keep(self) -> list[Tensor] | ExtendedWeight:
+        """Dequantises once and for all; returns what is kept, whose adapters are the caller's to refresh."""
         self._kept = self()
-
-    def refresh(self) -> None:
-        """Brings the adapters in a kept buffer up to date with the group."""
         if isinstance(self._kept, ExtendedWeight):
             self._kept.write_adapters(self._group)
+        return self._kept
 
     def _buffer_shape(self) -> tuple[int, int]:
         shapes = [tuple(weight.quant_state.shape) for weight in self._members]

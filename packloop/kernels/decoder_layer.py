@@ -121,16 +121,21 @@ class _Activations:
 
 
 class _Weights:
-    """What the products of one layer take, made when first asked for and, with `keeps`, held until dropped."""
+    """What the products of one layer take, made when first asked for and, with `keeps`, held until dropped.
 
-    def __init__(self, layer: FusedLayer, *, keeps: bool):
-        self._layer, self._keeps, self._made = layer, keeps, {}
+    A weight that is held serves a recomputed forward and the backward pass, so it has both halves of the adapters.
+    """
+
+    def __init__(self, layer: FusedLayer, *, for_backward: bool = False, keeps: bool = False):
+        self._layer, self._for_backward, self._keeps, self._made = layer, for_backward, keeps, {}
 
     def __getitem__(self, group: str) -> list[Tensor] | ExtendedWeight:
         if group in self._made:
             return self._made[group]
-        weights = self._layer.weights[group]()
+        weights = self._layer.weights[group](for_backward=self._for_backward)
         if self._keeps:
+            if isinstance(weights, ExtendedWeight):
+                weights.write_adapters(self._layer.groups[group], a=not self._for_backward, b=self._for_backward)
             self._made[group] = weights
         return weights
 
@@ -330,7 +335,7 @@ def _in_master_order(
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual, update, layer: FusedLayer, batch: Batch, *masters):
-        kept, x2, out = _forward(layer, batch, _Weights(layer, keeps=False), residual, update, needs_output=True)
+        kept, x2, out = _forward(layer, batch, _Weights(layer), residual, update, needs_output=True)
         ctx.layer, ctx.batch = layer, batch
         ctx.kept = _Activations(x1=kept.x1) if layer.keeps == "input" else kept
         return x2, out
@@ -340,7 +345,7 @@ class _DecoderLayer(torch.autograd.Function):
         layer, batch, kept = ctx.layer, ctx.batch, ctx.kept
         ctx.kept = None
         recomputes = layer.keeps == "input"
-        weights = _Weights(layer, keeps=recomputes)
+        weights = _Weights(layer, for_backward=True, keeps=recomputes)
         if recomputes:
             kept, _, _ = _forward(layer, batch, weights, kept.x1, None, needs_output=False)
         d_x1, gradients = _backward(layer, batch, weights, kept, d_out, needs_dx=ctx.needs_input_grad[0])

@@ -49,10 +49,15 @@ class ExtendedWeight:
         """W [O, H], to be filled by the caller: strided rows."""
         return self.buffer[: sum(self.out_features), : self.num_features]
 
-    def write_adapters(self, group: LoraGroup) -> None:
-        """Copies the group's A and B; again whenever they change."""
-        num_outputs = sum(self.out_features)
-        self.buffer[num_outputs:, : self.num_features].copy_(group.a_RH)
+    def write_adapters(self, group: LoraGroup, *, a: bool = True, b: bool = True) -> None:
+        """Copies the group's A, which dx needs, and B, which y needs; again whenever they change."""
+        if a:
+            self.buffer[sum(self.out_features) :, : self.num_features].copy_(group.a_RH)
+        if not b:
+            return
+        if group.b_OR is not None:
+            self.buffer[: sum(self.out_features), self.num_features :].copy_(group.b_OR)
+            return
         for columns, ranks, b_Or in group.members():
             if b_Or is not None:
                 self.buffer[columns, self.num_features + ranks.start : self.num_features + ranks.stop].copy_(b_Or)

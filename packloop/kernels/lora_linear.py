@@ -80,6 +80,7 @@ class LoraGroup:
     a_RH: Tensor | None
     b_Or: tuple[Tensor | None, ...]
     scaling: float
+    b_OR: Tensor | None = None  # the members' B side by side, block diagonal, where they are kept so
 
     def members(self) -> list[tuple[slice, slice, Tensor | None]]:
         """Each member's output columns, rank columns (empty without adapter) and B."""

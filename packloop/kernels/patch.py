@@ -24,6 +24,7 @@ from packloop.kernels.adapters import AdapterCopies
 from packloop.kernels.attention import Attention, DocumentLayout, load_backend
 from packloop.kernels.base_weights import GroupWeights
 from packloop.kernels.decoder_layer import GROUPS, Batch, FusedLayer, decoder_layer
+from packloop.kernels.extended_weight import ExtendedWeight
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
 from packloop.kernels.lora_linear import Dropout, Lora
 from packloop.kernels.rms_norm import add_rms_norm
@@ -164,15 +165,11 @@ class FusedLayers:
         for index, layer in enumerate(llama_model.layers):
             fused = _fuse(layer, index, attention, self._adapters, keeps=keeps[index])
             if index < cached_layers:
-                for weights in fused.weights.values():
-                    weights.keep()
+                self._cache(layer, fused)
             self.layers.append(fused)
 
     def __call__(self, llama_model: LlamaModel, hidden_BLH: Tensor, position_ids_BL: Tensor, layout: DocumentLayout):
         self._adapters.refresh()
-        for layer in self.layers:
-            for weights in layer.weights.values():
-                weights.refresh()
         batch = self.batch(llama_model, position_ids_BL, layout)
         residual_TH, update_TH = hidden_BLH.flatten(0, 1), None
         for layer in self.layers:
@@ -180,6 +177,13 @@ class FusedLayers:
         norm = llama_model.norm
         _, normed_TH = add_rms_norm(residual_TH, update_TH, norm.weight, norm.variance_epsilon)
         return normed_TH.view(hidden_BLH.shape)
+
+    def _cache(self, layer: nn.Module, fused: FusedLayer) -> None:
+        for name, weights in fused.weights.items():
+            kept = weights.keep()
+            if isinstance(kept, ExtendedWeight):
+                loras = [_adapter(layer.get_submodule(member)) for member in _GROUP_MEMBERS[name]]
+                self._adapters.follow(kept, fused.groups[name], loras)
 
     def batch(self, llama_model: LlamaModel, position_ids_BL: Tensor, layout: DocumentLayout) -> Batch:
         """What the layers share in one micro-batch; in training mode it draws a seed for the dropout masks."""
@@ -208,7 +212,7 @@ def _fuse(layer: nn.Module, index: int, attention: Attention, adapters: AdapterC
         loras = [_adapter(module) for module in modules]
         groups[name] = adapters.group([base.out_features for base in bases], loras)
         dtype = layer.input_layernorm.weight.dtype
-        weights[name] = GroupWeights([base.weight for base in bases], groups[name], dtype, extends=True)
+        weights[name] = GroupWeights([base.weight for base in bases], groups[name], dtype)
         masters += [master for lora in loras if lora is not None for master in (lora.a_rH, lora.b_Or)]
     attn = layer.self_attn
     return FusedLayer(
