@@ -7,30 +7,33 @@ Hugging Face has one; inside `lora` they are PEFT's without the prefix.
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from packloop.config_faults import describe_faults
+from packloop.data.prompts import get_template
 from packloop.errors import ConfigError, InputError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, types are not coerced, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
     """The frozen base model and how it is held in memory."""
 
-    name_or_path: str = Field(
+    name_or_path: Name = Field(
         "NousResearch/Llama-2-7b-hf",
         description="Hub name, local directory, or `bundled` for the tiny Llama shipped here.",
     )
@@ -71,13 +74,13 @@ TemplateName = Literal["instruction_from_response", "alpaca", "dolly"]
 class DataConfig(Section):
     """Rows, the prompt made of them, and how token sequences are packed."""
 
-    source: str = Field(
+    source: Name = Field(
         "databricks/databricks-dolly-15k",
         description="Hub name, a .json, .jsonl, .csv or .parquet file, or `bundled`.",
     )
     revision: str | None = Field(None, description="Hub commit, tag or branch of the data set.")
     split: str = Field("train", description="Split of a Hub or bundled data set.")
-    eval_split: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)] | str = Field(
+    eval_split: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)] | Name = Field(
         0, description="Held-out rows: a count, a fraction of the rows, or the name of a split; 0 for none."
     )
     template: TemplateName | CustomTemplate = Field("instruction_from_response", description="How a row becomes text.")
@@ -100,7 +103,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    output_dir: str = "runs/llama2-7b-dolly"
+    output_dir: Name = "runs/llama2-7b-dolly"
     num_train_epochs: Annotated[float, Field(gt=0)] = 3
     max_steps: Positive | None = Field(None, description="Optimizer steps; where given, num_train_epochs is not used.")
     per_device_train_batch_size: Positive = Field(6, description="Packs a micro-batch.")
@@ -197,8 +200,15 @@ class RunConfig(Section):
                 f"lora.enabled=false keeps trained weights in float32, and model.dtype is {self.model.dtype}; "
                 "use model.dtype=float32"
             )
+        if not self.lora.enabled and self.kernels.layer == "fused":
+            raise ValueError(
+                "lora.enabled=false trains the base, and kernels.layer=fused trains adapters on a frozen one; "
+                "use kernels.layer=auto or lora.enabled=true"
+            )
         if self.lora.enabled and self.lora.target_modules == []:
-            raise ValueError("lora.target_modules is empty, so nothing would be trained; name layers or use all-linear")
+            raise ValueError(
+                "lora.target_modules is empty, so nothing would be trained; use names of layers or all-linear"
+            )
         return self
 
 
@@ -213,11 +223,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_UniqueKeyLoader` would read as numbers."""
+
+
 # PyYAML follows YAML 1.1, where an exponent needs a dot and a sign. YAML 1.2's floats are what people write.
-_YAML_FLOAT = r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", __import__("re").compile(_YAML_FLOAT), list("-+0123456789.")
-)
+_YAML_FLOAT = re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
+for _side in (_UniqueKeyLoader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _YAML_FLOAT, list("-+.0123456789"))
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -252,14 +265,16 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
 def parse_config(values: dict) -> RunConfig:
     """A `RunConfig` from nested dictionaries; `ConfigError` names each key at fault and the nearest valid one."""
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_describe(fault) for fault in error.errors()))) from None
+        raise ConfigError("\n".join(describe_faults(error, values, RunConfig))) from None
+    get_template(config.data.template)  # format strings of the user's own are checked as they are read
+    return config
 
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def changed_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -291,63 +306,3 @@ def _apply_override(values: dict, override: str) -> None:
         if not isinstance(target, dict):
             raise ConfigError(f"override {override!r}: {part} is a setting, not a section")
     target[parts[-1]] = _parse_yaml(text, f"override {override!r}")
-
-
-def _section_fields(location: Sequence[str | int]) -> list[str]:
-    """Names allowed where the last part of `location` was given."""
-    if len(location) == 1:
-        return list(RunConfig.model_fields)
-    section = RunConfig.model_fields.get(str(location[0]))
-    return list(section.annotation.model_fields) if section else []
-
-
-def _describe(fault: dict) -> str:
-    location = [str(part) for part in fault["loc"]]
-    # Inside a union pydantic appends the branch it tried; the setting's own key is what the user wrote.
-    key = ".".join(location[:2])
-    if fault["type"] == "extra_forbidden":
-        allowed = _section_fields(location[:2])
-        near = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
-        known = [
-            f"{section}.{location[-1]}" for section in RunConfig.model_fields if location[-1] in _fields_of(section)
-        ]
-        hint = f"nearest: {'.'.join([*location[:-1], near[0]])}" if near else f"allowed: {', '.join(allowed)}"
-        hint = f"it belongs at {known[0]}" if known else hint
-        return f"{'.'.join(location)}={fault['input']!r}: no such setting; {hint}"
-    if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
-    return f"{key}={fault['input']!r}: {_allowed(location, fault)}"
-
-
-def _fields_of(section: str) -> dict:
-    return RunConfig.model_fields[section].annotation.model_fields
-
-
-def _allowed(location: list[str], fault: dict) -> str:
-    field = (
-        _fields_of(location[0]).get(location[1])
-        if len(location) > 1 and location[0] in RunConfig.model_fields
-        else None
-    )
-    if field is None:
-        return fault["msg"]
-    choices = _literal_choices(field.annotation)
-    if not choices:
-        return fault["msg"][0].lower() + fault["msg"][1:]
-    near = difflib.get_close_matches(str(fault["input"]), choices, n=1, cutoff=0.4)
-    return f"allowed: {', '.join(choices)}" + ("".join(f"; nearest: {name}" for name in near))
-
-
-def _literal_choices(annotation: Any) -> list[str]:
-    """Every value a setting may take, where some are words: literals as they are, other types by name."""
-    if getattr(annotation, "__origin__", None) is Literal:
-        return [str(value) for value in get_args(annotation)]
-    parts = [_literal_choices(part) for part in get_args(annotation) if part is not type(None)]
-    words = [word for part in parts for word in part]
-    if words and int in _flatten(annotation):
-        words.append("a whole number")
-    return words
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    return [annotation] + [inner for part in get_args(annotation) for inner in _flatten(part)]
