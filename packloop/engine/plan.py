@@ -54,9 +54,10 @@ def count_layers(setting: str | int, num_layers: int) -> int:
 def _resolve(
     config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device, paged_bytes: int
 ) -> RunConfig:
-    layer = config.kernels.layer
+    layer, reason = config.kernels.layer, why_not_fused(model)
+    if layer == "fused" and reason:
+        raise ConfigError(f"kernels.layer=fused: {reason}; use kernels.layer=stock")
     if layer == "auto":
-        reason = why_not_fused(model)
         layer = "stock" if reason else "fused"
         if reason:
             logger.info("kernels.layer=stock: the fused layer cannot be used: %s", reason)
@@ -83,7 +84,8 @@ def _resolve_attention(config: RunConfig, model: nn.Module, loader: PackLoader, 
     try:
         name, why = choose_backend(
             config.kernels.attention,
-            is_packed=layout.is_packed,
+            # The first micro-batch of bfd may happen to have a document a row.
+            is_packed=layout.is_packed or config.data.packing == "bfd",
             dtype=getattr(torch, config.model.dtype),
             device=device,
             heads=(architecture.num_attention_heads, architecture.num_key_value_heads, head_dim),
