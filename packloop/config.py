@@ -137,7 +137,7 @@ class TrainConfig(Section):
 class KernelsConfig(Section):
     """What replaces the stock Llama's operations."""
 
-    attention: Literal["auto", "eager", "sdpa", "cudnn", "flash_attn", "varlen", "flash_attn_4"] = Field(
+    attention: Literal["auto", "eager", "sdpa", "cudnn", "flash_attn", "varlen", "flash_attn_4", "document"] = Field(
         "auto",
         description="auto: the fastest measured on this GPU and shape. cudnn is plain causal attention only: it cannot "
         "keep packed documents apart.",

@@ -15,6 +15,7 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Docum
         document_ids_BL=_move(batch.document_ids, device),
         cu_seqlens=_move(batch.cu_seqlens, device),
         max_seqlen=batch.max_seqlen,
+        cu_seqlens_cpu=batch.cu_seqlens,
         is_packed=bool((batch.document_ids > 0).any()),
     )
     return (

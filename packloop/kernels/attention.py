@@ -32,6 +32,7 @@ class DocumentLayout:
     cu_seqlens: Tensor
     max_seqlen: int
     is_packed: bool
+    cu_seqlens_cpu: Tensor | None = None  # the same bounds on the host, where the loader made them
 
     @cached_property
     def mask_B1LL(self) -> Tensor:
@@ -103,16 +104,21 @@ def _cudnn(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: DocumentLayou
         return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=True, scale=scale)
 
 
+def rotates(backend: Attention) -> bool:
+    """Whether forward and backward take a `rotation` and apply RoPE themselves."""
+    return getattr(backend, "rotates", False)
+
+
 def load_backend(name: str) -> Attention:
     """The backend of that name. ValueError with the install command where its package is missing."""
     if name in _DIFFERENTIATED:
         return DifferentiatedAttention(_DIFFERENTIATED[name])
-    from packloop.kernels import flash_attention
+    from packloop.kernels import document_attention, flash_attention
 
-    if name not in flash_attention.BACKENDS:
-        known = ", ".join([*_DIFFERENTIATED, *flash_attention.BACKENDS])
-        raise ValueError(f"attention {name!r}; known: {known}")
-    return flash_attention.BACKENDS[name]()
+    others = {**flash_attention.BACKENDS, "document": document_attention.DocumentAttention}
+    if name not in others:
+        raise ValueError(f"attention {name!r}; known: {', '.join([*_DIFFERENTIATED, *others])}")
+    return others[name]()
 
 
 _DIFFERENTIATED = {"eager": _eager, "sdpa": _sdpa, "cudnn": _cudnn}
@@ -130,7 +136,7 @@ def usable_backends(*, is_packed: bool, dtype: torch.dtype, device: torch.device
         reasons["cudnn"] = "cannot keep packed documents apart"
     elif dtype not in (torch.bfloat16, torch.float16):
         reasons["cudnn"] = f"needs bfloat16, the model is {dtype}"
-    for name in flash_attention.BACKENDS:
+    for name in (*flash_attention.BACKENDS, "document"):
         reasons[name] = flash_attention.why_not(name, dtype=dtype, device=device)
     return reasons
 
@@ -163,7 +169,7 @@ def choose_backend(
             "sdpa"
         )  # its document mask is quadratic in memory and its fused kernels do not skip what it hides
     if layout is None or len(usable) == 1:
-        preferred = [name for name in ("flash_attn", "varlen", "cudnn", "sdpa") if name in usable]
+        preferred = [name for name in ("document", "flash_attn", "varlen", "cudnn", "sdpa") if name in usable]
         return (preferred or ["sdpa"])[0], "not timed"
     times_ms = {name: time_backend(name, heads, layout, dtype) for name in usable}
     best = min(times_ms, key=times_ms.get)
@@ -174,19 +180,30 @@ def choose_backend(
 def time_backend(
     name: str, heads: tuple[int, int, int], layout: DocumentLayout, dtype: torch.dtype, repeats: int = 5
 ) -> float:
-    """Milliseconds of one forward and backward on random inputs of this layout: median after two warm-ups."""
+    """Milliseconds of one forward and backward, RoPE included, on random inputs of this layout: median after two."""
+    from packloop.kernels.rope import Rotation, rope_
+
     num_heads, num_kv_heads, head_dim = heads
     num_slots, device = layout.document_ids_BL.numel(), layout.document_ids_BL.device
     backend, scale = load_backend(name), head_dim**-0.5
     shapes = [(num_slots, count, head_dim) for count in (num_heads, num_kv_heads, num_kv_heads)]
     q, k, v = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
     d_out, gradients = torch.randn_like(q), [torch.empty_like(x) for x in (q, k, v)]
+    tables = torch.randn(2, layout.document_ids_BL.shape[1], head_dim // 2, device=device)
+    positions_T = torch.arange(layout.document_ids_BL.shape[1], device=device).repeat(layout.document_ids_BL.shape[0])
+    rotation = Rotation(*tables, positions_T)
     laps = []
     for _ in range(repeats + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        _, saved = backend.forward(q, k, v, layout, scale)
-        backend.backward(saved, d_out, q, k, v, layout, scale, *gradients)
+        if rotates(backend):
+            _, saved = backend.forward(q, k, v, layout, scale, rotation=rotation)
+            backend.backward(saved, d_out, q, k, v, layout, scale, *gradients, rotation=rotation)
+        else:
+            rope_(q.flatten(1), k.flatten(1), *tables, positions_T)
+            _, saved = backend.forward(q, k, v, layout, scale)
+            backend.backward(saved, d_out, q, k, v, layout, scale, *gradients)
+            rope_(gradients[0].flatten(1), gradients[1].flatten(1), *tables, positions_T, inverse=True)
         end.record()
         end.synchronize()
         laps.append(start.elapsed_time(end))

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from packloop.kernels.attention import Attention, DocumentLayout
+from packloop.kernels.attention import Attention, DocumentLayout, rotates
 from packloop.kernels.base_weights import GroupWeights
 from packloop.kernels.extended_weight import ExtendedWeight, extended_group_forward
 from packloop.kernels.lora_linear import (
@@ -35,7 +35,7 @@ from packloop.kernels.lora_linear import (
     lora_project,
 )
 from packloop.kernels.rms_norm import add_rms_norm_backward, add_rms_norm_forward
-from packloop.kernels.rope import rope_
+from packloop.kernels.rope import Rotation, rope_
 from packloop.kernels.swiglu import swiglu_backward, swiglu_forward
 
 GROUPS = ("qkv", "o", "gate_up", "down")
@@ -43,12 +43,10 @@ GROUPS = ("qkv", "o", "gate_up", "down")
 
 @dataclass(frozen=True)
 class Batch:
-    """What every layer of one micro-batch shares. Tables are fp32 [P, D/2]; position_ids_T index them."""
+    """What every layer of one micro-batch shares."""
 
     layout: DocumentLayout
-    cos_PD: Tensor
-    sin_PD: Tensor
-    position_ids_T: Tensor
+    rotation: Rotation
     dropout: Dropout | None
 
 
@@ -157,7 +155,40 @@ def _split_heads(layer: FusedLayer, qkv_TO: Tensor) -> tuple[Tensor, Tensor, Ten
 def _rotate(layer: FusedLayer, batch: Batch, qkv_TO: Tensor, *, inverse: bool) -> None:
     q_size, kv_size = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     q_TO, k_TO = qkv_TO[:, :q_size], qkv_TO[:, q_size : q_size + kv_size]
-    rope_(q_TO, k_TO, batch.cos_PD, batch.sin_PD, batch.position_ids_T, inverse=inverse)
+    rope_(q_TO, k_TO, batch.rotation.cos_PD, batch.rotation.sin_PD, batch.rotation.position_ids_T, inverse=inverse)
+
+
+def _attend(layer: FusedLayer, batch: Batch, qkv_TO: Tensor) -> tuple[Tensor, object]:
+    """(output [T, H * D], with spare columns where the backend can write beside them; what backward needs)."""
+    if rotates(layer.attention):
+        num_features = layer.num_heads * layer.head_dim
+        wide = _buffer(qkv_TO, num_features + layer.spare_columns("o"))
+        out_THD = wide[:, :num_features].unflatten(1, (-1, layer.head_dim))
+        _, saved = layer.attention.forward(
+            *_split_heads(layer, qkv_TO), batch.layout, layer.scale, rotation=batch.rotation, out=out_THD
+        )
+        return wide, saved
+    _rotate(layer, batch, qkv_TO, inverse=False)
+    attended, saved = layer.attention.forward(*_split_heads(layer, qkv_TO), batch.layout, layer.scale)
+    return attended.flatten(1), saved
+
+
+def _attend_backward(layer: FusedLayer, batch: Batch, kept: _Activations, d_attended: Tensor) -> Tensor:
+    """Gradient of the projection's output [T, O], with spare columns."""
+    d_qkv = _buffer(kept.qkv, kept.qkv.shape[1] + layer.spare_columns("qkv"))
+    does_rope = rotates(layer.attention)
+    layer.attention.backward(
+        kept.attention_saved,
+        d_attended.unflatten(1, (-1, layer.head_dim)),
+        *_split_heads(layer, kept.qkv),
+        batch.layout,
+        layer.scale,
+        *_split_heads(layer, d_qkv),
+        **({"rotation": batch.rotation} if does_rope else {}),
+    )
+    if not does_rope:
+        _rotate(layer, batch, d_qkv, inverse=True)
+    return d_qkv
 
 
 def _normed(layer: FusedLayer, group: str, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,9 +231,7 @@ def _forward(
     x1, n1, rstd1 = _normed(layer, "qkv", residual, update)
     qkv = linear("qkv", n1)
     del n1
-    _rotate(layer, batch, qkv, inverse=False)
-    attended, attention_saved = layer.attention.forward(*_split_heads(layer, qkv), batch.layout, layer.scale)
-    attended = attended.flatten(1)
+    attended, attention_saved = _attend(layer, batch, qkv)
     x2, n2, rstd2 = _normed(layer, "gate_up", x1, linear("o", attended))
     gate_up = linear("gate_up", n2, layer.spare_columns("gate_up"))
     del n2
@@ -281,17 +310,8 @@ def _backward(
     output_gradient("o", d_x2_wide)
     d_attended = input_gradient("o", d_x2_wide)
     if layer.has_adapter("o"):
-        a_gradient("o", kept.attended)
-    d_qkv = _buffer(kept.qkv, kept.qkv.shape[1] + layer.spare_columns("qkv"))
-    layer.attention.backward(
-        kept.attention_saved,
-        d_attended.unflatten(1, (-1, layer.head_dim)),
-        *_split_heads(layer, kept.qkv),
-        batch.layout,
-        layer.scale,
-        *_split_heads(layer, d_qkv),
-    )
-    _rotate(layer, batch, d_qkv, inverse=True)
+        a_gradient("o", kept.attended[:, : layer.num_heads * layer.head_dim])
+    d_qkv = _attend_backward(layer, batch, kept, d_attended)
     output_gradient("qkv", d_qkv)
     if layer.has_adapter("qkv"):
         a_gradient("qkv", normed("qkv", kept.x1))

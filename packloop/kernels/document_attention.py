@@ -31,6 +31,7 @@ from torch import Tensor
 
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.flash_attention import _Differentiable
+from packloop.kernels.rope import Rotation
 
 try:
     import triton
@@ -104,18 +105,14 @@ if triton is not None:
 
     @triton.jit
     def _turn_in_place(matrix, tables, document, first, head, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-        """Rotates a tile where it lies and returns it, [ROWS, HEAD_DIM]."""
         HALF: tl.constexpr = HEAD_DIM // 2
         inside = first + tl.arange(0, ROWS)[:, None] < document[1]
         pointers = _pointers(matrix, document[0] + first, head, ROWS, HALF, HEAD_DIM)
         left = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
         right = tl.load(pointers + HALF, mask=inside, other=0.0).to(tl.float32)
         cos, sin = _angles(tables, document, first, ROWS, HALF)
-        turned_left = (left * cos - right * sin).to(matrix[0].dtype.element_ty)
-        turned_right = (right * cos + left * sin).to(matrix[0].dtype.element_ty)
-        tl.store(pointers, turned_left, mask=inside)
-        tl.store(pointers + HALF, turned_right, mask=inside)
-        return tl.reshape(tl.permute(tl.join(turned_left, turned_right), (0, 2, 1)), (ROWS, HEAD_DIM))
+        tl.store(pointers, (left * cos - right * sin).to(matrix[0].dtype.element_ty), mask=inside)
+        tl.store(pointers + HALF, (right * cos + left * sin).to(matrix[0].dtype.element_ty), mask=inside)
 
     @triton.jit
     def _store(
@@ -179,9 +176,12 @@ if triton is not None:
         head = tl.program_id(0) % num_heads
         rows = first_row + tl.arange(0, OWNED)
         if TURNS:
-            q_tile = _turn_in_place(q, tables, document, first_row, head, OWNED, HEAD_DIM)
-        else:
-            q_tile = _load(q, document, first_row, head, OWNED, HEAD_DIM)
+            # In parts, which need fewer registers; read back whole, for the products want it in shared memory.
+            PART: tl.constexpr = OWNED // 4
+            for part in range(4):
+                _turn_in_place(q, tables, document, first_row + part * PART, head, PART, HEAD_DIM)
+            tl.debug_barrier()
+        q_tile = _load(q, document, first_row, head, OWNED, HEAD_DIM)
         # Key 0 is seen by every row, so the running maximum is finite from the first step on.
         highest = tl.full([OWNED], float("-inf"), tl.float32)
         total = tl.zeros([OWNED], tl.float32)
@@ -428,17 +428,9 @@ def _check(**tensors: Tensor) -> None:
             raise ValueError(f"{name} has heads of {tensor.shape[2]} features; one of {_HEAD_DIMS} is needed")
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """RoPE's fp32 tables [P, D/2] and the positions that index them; within a document they count up by one."""
-
-    cos_PD: Tensor
-    sin_PD: Tensor
-    position_ids_T: Tensor
-
-
-def _matrix(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor, tensor.stride(0)
+def _matrix(tensor: Tensor) -> tuple:
+    """A model has few row strides, and with a constant one a tile's addresses are one register and offsets."""
+    return tensor, tl.constexpr(tensor.stride(0))
 
 
 def _tables(rotation: Rotation | None) -> tuple[tuple, Tensor | None]:
@@ -469,7 +461,7 @@ def _forward(q_THD, k_TKD, v_TKD, layout, scale, tiles: Tiles, rotation: Rotatio
         _matrix(k_TKD),
         _matrix(v_TKD),
         _matrix(out_THD),
-        _matrix(lse_HT),
+        (lse_HT, lse_HT.stride(0)),
         tables,
         plan,
         position_ids_T,
@@ -551,6 +543,8 @@ class DocumentAttention:
     fp32, bf16 or fp16 on a GPU of compute capability 8.0 or newer, D one of 16, 32, 64 and 128. Deterministic. Takes
     rows of any stride whose heads and features are adjacent. The layout's documents must cover all T slots.
     """
+
+    rotates = True
 
     def __init__(self, forward: Tiles | None = None, backward: BackwardTiles | None = None):
         self._forward_tiles, self._backward_tiles = forward, backward

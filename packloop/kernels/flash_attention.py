@@ -180,8 +180,9 @@ BACKENDS = {"flash_attn": FlashAttn2, "varlen": TorchVarlen, "flash_attn_4": Fla
 _INSTALL = {
     "flash_attn": ("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"),
     "flash_attn_4": ("flash_attn.cute", "pip install flash-attn-4"),
+    "document": ("triton", "pip install triton"),
 }
-_NEEDED_CAPABILITY = {"flash_attn": (8, 0), "varlen": (8, 0), "flash_attn_4": (9, 0)}
+_NEEDED_CAPABILITY = {"flash_attn": (8, 0), "varlen": (8, 0), "flash_attn_4": (9, 0), "document": (8, 0)}
 
 
 def why_not(name: str, *, dtype: torch.dtype, device: torch.device) -> str | None:

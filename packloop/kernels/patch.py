@@ -28,6 +28,7 @@ from packloop.kernels.extended_weight import ExtendedWeight
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
 from packloop.kernels.lora_linear import Dropout, Lora
 from packloop.kernels.rms_norm import add_rms_norm
+from packloop.kernels.rope import Rotation
 
 # The stock parameters that the replacements rely on. transformers 5.17 to 5.23 have them.
 _EXPECTED_PARAMETERS = {
@@ -192,7 +193,7 @@ class FusedLayers:
             # From torch's CPU generator, which checkpoints carry: the mask of a resumed step is the same one.
             dropout = Dropout(self._dropout_p, int(torch.randint(2**62, ()).item()))
         cos_PD, sin_PD = self._rope_tables(llama_model, position_ids_BL.shape[1])
-        return Batch(layout, cos_PD, sin_PD, position_ids_BL.flatten(), dropout)
+        return Batch(layout, Rotation(cos_PD, sin_PD, position_ids_BL.flatten()), dropout)
 
     def _rope_tables(self, llama_model: LlamaModel, num_positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin [P, D/2] for positions 0 to P - 1, made once for each P."""

@@ -7,6 +7,8 @@ are float32 and so is the arithmetic; the result is rounded once. (Hugging Face 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,15 @@ if triton is not None:
                 BLOCK_HEADS,
                 BLOCK_D,
             )
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """RoPE's fp32 tables [P, D/2] and the positions that index them; within a document they count up by one."""
+
+    cos_PD: Tensor
+    sin_PD: Tensor
+    position_ids_T: Tensor
 
 
 def _check(q_TQD: Tensor, k_TKD: Tensor, cos_PD: Tensor, sin_PD: Tensor, position_ids_T: Tensor) -> None:
