@@ -119,7 +119,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write responses with the model of RUN, for a text, a file of texts or held-out rows."""
-    from packloop.engine.generate import generate_command
+    from packloop.engine.generate_rows import generate_command
 
     generate_command(
         run,
@@ -157,14 +157,17 @@ def merge(
 def push(
     run: RunDir,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, for example you/llama2-7b-dolly.")],
-    merged: Annotated[Path | None, typer.Option(help="Push this merged model instead of the adapter.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Merge first and push the merged model.")] = False,
+    base: Annotated[
+        Literal["original", "dequantized"], typer.Option(help="With --merged: the weights to merge into.")
+    ] = "original",
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before uploading.")] = False,
 ) -> None:
     """Upload the adapter of RUN, or a merged model, to the Hugging Face Hub."""
     from packloop.engine.publish import push as run_push
 
-    run_push(run, repo, merged=merged, private=private, yes=yes)
+    run_push(run, repo, merged=merged, base=base, private=private, yes=yes)
 
 
 @app.command()
