@@ -157,17 +157,18 @@ def merge(
 def push(
     run: RunDir,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, for example you/llama2-7b-dolly.")],
-    merged: Annotated[bool, typer.Option("--merged", help="Merge first and push the merged model.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into its base and push that.")] = False,
     base: Annotated[
-        Literal["original", "dequantized"], typer.Option(help="With --merged: the weights to merge into.")
+        Literal["original", "dequantized"], typer.Option(help="Weights that --merged merges into, as in merge.")
     ] = "original",
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Upload metrics.jsonl too.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before uploading.")] = False,
 ) -> None:
-    """Upload the adapter of RUN, or a merged model, to the Hugging Face Hub."""
+    """Upload the adapter of RUN, or its merged model, to the Hugging Face Hub."""
     from packloop.engine.publish import push as run_push
 
-    run_push(run, repo, merged=merged, base=base, private=private, yes=yes)
+    run_push(run, repo, merged=merged, base=base, private=private, metrics=metrics, yes=yes)
 
 
 @app.command()
