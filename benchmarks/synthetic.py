@@ -46,6 +46,17 @@ SHAPES = {
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
     },
+    # For checking a benchmark's script on a CPU.
+    "tiny": {
+        "vocab_size": 32000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+    },
 }
 WEIGHT_STD = 0.02
 
