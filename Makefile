@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/installed
 # Nothing that these targets run needs the network, and nothing may wait for it.
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
+# Threads that wait for others sleep: while they spin on cores that are shared, everything takes several times as long.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: install test demo mutants test-gpu lint clean
 

@@ -15,13 +15,16 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# The bundled model and data are on the disk; transformers must not look for newer ones. Read at import.
+# Read when the libraries below are imported. Model and data are on the disk, so nothing is to be looked up; and threads
+# that wait are to sleep: while they spin, every other process on the same cores slows them all down.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -80,6 +83,7 @@ class HeldOut:
 def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     logging.getLogger("packloop").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module="peft|transformers")
     console = Console(highlight=False)
     overrides = [f"train.output_dir={arguments[0]}"] if arguments else []
     config = load_config(RECIPE, overrides)
@@ -111,8 +115,9 @@ def main(arguments: Sequence[str]) -> int:
         faults.append(f"the merged model wrote {plain!r}, the adapter's {tuned.instructions[0]!r}")
     _write_result(result_file, base, tuned, held_out, seconds)
     print_summary(base, tuned, len(held_out.rows), seconds)
-    print(f"\nThe run is in {run_dir}, the merged model in {merged_dir}. Try your own text:")
-    print(f"  packloop generate {run_dir} --greedy --text 'Hi Nadia, the boiler in flat 4 is cold again.'")
+    print(f"\nThe run is in {run_dir}, the merged model in {merged_dir}. A text of your own:")
+    command = Path(sys.executable).with_name("packloop")
+    print(f"  {_shown(command)} generate {run_dir} --greedy --text 'Hi Nadia, the boiler in flat 4 is cold again.'")
     for fault in faults:
         print(f"demo failed: {fault}", file=sys.stderr)
     return 1 if faults else 0
@@ -236,6 +241,11 @@ def _make_room(run_dir: Path, merged_dir: Path, result_file: Path) -> None:
         check_output_dir(directory, resume=None)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     result_file.write_text("{}\n", encoding="utf-8")
+
+
+def _shown(path: Path) -> str:
+    """The path as seen from here, where it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 @contextmanager
