@@ -103,19 +103,23 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    output_dir: Name = "runs/llama2-7b-dolly"
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3
+    output_dir: Name = Field(
+        "runs/llama2-7b-dolly", description="Where the run's files go; must be empty or missing, or use --resume."
+    )
+    num_train_epochs: Annotated[float, Field(gt=0)] = Field(3, description="Passes over the data; 0.5 is half of one.")
     max_steps: Positive | None = Field(None, description="Optimizer steps; where given, num_train_epochs is not used.")
     per_device_train_batch_size: Positive = Field(6, description="Packs a micro-batch.")
     gradient_accumulation_steps: Positive = Field(2, description="Micro-batches an optimizer step and process.")
-    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
-    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2.0e-4, description="Where the warm-up ends.")
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = Field(
+        "constant_with_warmup", description="The rate after the warm-up: kept, or falling to 0 at the last step."
+    )
     warmup_ratio: Fraction = Field(0.03, description="Share of the steps in which the rate rises from 0.")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled, as in AdamW.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(0.3, description="Gradients are scaled down to this L2 norm.")
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Decay of the gradients' mean.")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="Decay of their squares' mean.")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="Added to the root of that mean.")
     optim: Literal["paged_adamw_32bit", "adamw_32bit"] = Field(
         "paged_adamw_32bit", description="Paged state moves to host memory when the GPU's is short (CUDA only)."
     )
@@ -129,7 +133,9 @@ class TrainConfig(Section):
         description="GPU memory that may be reserved, in GiB, paged optimizer state included; null: all but 2 GiB.",
     )
     tf32: bool = Field(True, description="TensorFloat-32 for float32 matrix products on Ampere and newer.")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="Of the adapter's first weights, dropout, the order of rows and which of them are held out."
+    )
     deterministic: bool = Field(False, description="Bit-identical runs, at some cost in speed.")
     eval_every: Literal["epoch"] | Positive = Field("epoch", description="Steps between evaluations of held-out rows.")
 
@@ -165,7 +171,9 @@ class LogConfig(Section):
     """What is reported, apart from metrics.jsonl, which is always written."""
 
     every: Positive = Field(10, description="Steps between console lines.")
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default_factory=list, description="Where metrics also go, through accelerate; each needs its package."
+    )
 
 
 # Attention backends that see one causal sequence a row and no document boundaries in it.
