@@ -1,7 +1,8 @@
 """What each process of tests/test_ranks.py runs under torchrun: the jobs of a file, one after the other.
 
-Arguments: a JSON list of jobs {name, config, resume, damage}, and a directory for what each rank saw of each:
-NAME.rankR.json. `damage` is a file of the finished job "whole", which is copied and that file broken before the job.
+Arguments: a JSON list of jobs {name, config, resume, damage, stop}, and a directory for what each rank saw of each:
+NAME.rankR.json. `damage` is a file of the finished job "whole", which is copied and that file broken before the job;
+`stop` names the rank and the step at which that rank sends itself SIGTERM.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -29,13 +31,18 @@ def damaged_copy(whole: Path, copy: Path, file: str) -> None:
 
 def run(job: dict) -> dict:
     steps: list[dict] = []
-    error = None
+    error, stopped_by = None, None
+
+    def on_step(values: dict) -> None:
+        steps.append({name: value for name, value in values.items() if name not in TIMING_FIELDS})
+        if job["stop"] == {"rank": int(os.environ["RANK"]), "step": values["step"]}:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     try:
-        train(parse_config(job["config"]), resume=job["resume"], on_step=steps.append)
+        stopped_by = train(parse_config(job["config"]), resume=job["resume"], on_step=on_step).stopped_by
     except InputError as failure:
         error = f"{type(failure).__name__}: {failure}"
-    seen = [{name: value for name, value in values.items() if name not in TIMING_FIELDS} for values in steps]
-    return {"steps": seen, "error": error, "backend": torch.distributed.get_backend()}
+    return {"steps": steps, "error": error, "stopped_by": stopped_by, "backend": torch.distributed.get_backend()}
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_job import read_steps, small_config
+from small_job import read_metrics, read_steps, small_config
 from transformers import LlamaForCausalLM, get_scheduler
 
 from packloop.data.loader import PackLoader, build_data
@@ -65,6 +65,30 @@ def test_row03_each_step_is_divided_by_its_own_labels(small_base, small_rows, tm
         assert step["label_tokens"] == num_labels
         assert step["loss"] == pytest.approx(sum(sums).item() / num_labels, rel=1e-5)
     assert result.state.label_tokens == sum(step["label_tokens"] for step in steps)
+
+
+def test_the_loss_on_held_out_rows_is_the_stock_models(small_base, small_rows, tmp_path):
+    """Dropout is on in training and off in evaluation, which is on whole documents by stock code here."""
+    config = small_config(
+        small_base,
+        small_rows,
+        tmp_path / "run",
+        lora={"dropout": 0.3},
+        data={"eval_split": 7},
+        train={"max_steps": 4, "eval_every": 2, "per_device_train_batch_size": 3, "learning_rate": 1e-30},
+    )
+    train(config)
+    documents = build_data(config.data, load_tokenizer(config.model), seed=0).eval
+    llama, total = LlamaForCausalLM.from_pretrained(small_base), 0.0
+    for start, stop in zip(documents.offsets[:-1], documents.offsets[1:], strict=True):
+        ids = torch.from_numpy(documents.token_ids[start:stop]).long()
+        with torch.no_grad():
+            total += F.cross_entropy(llama(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="sum").item()
+    evaluations = [values for values in read_metrics(tmp_path / "run") if "eval_loss" in values]
+    assert [values["step"] for values in evaluations] == [2, 4]
+    for values in evaluations:
+        assert values["eval_label_tokens"] == documents.offsets[-1] - len(documents)
+        assert values["eval_loss"] == pytest.approx(total / values["eval_label_tokens"], rel=1e-5)
 
 
 @pytest.mark.parametrize("epochs", [1, 2.5])

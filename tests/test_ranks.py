@@ -6,6 +6,7 @@ All jobs of the file run in one pair of processes, since importing torch takes m
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from small_job import read_metrics, read_steps, rows, run_ranks, small_config, t
 from tiny_run import save_base
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from packloop.config import RunConfig
+from packloop.config import RunConfig, load_config
 from packloop.data.loader import build_data
 from packloop.data.packing import pack
+from packloop.engine.checkpoint import find_checkpoint
 from packloop.engine.loop import train
 from packloop.engine.model import load_tokenizer
 
@@ -45,15 +47,16 @@ class Jobs:
         single: dict | None = None,
         base: Path | None = None,
         damage: str | None = None,
+        stop: dict | None = None,
         **sections,
     ) -> None:
         """single: settings with which one process does the same work; None where there is nothing to compare.
-        damage: resume a copy of the job `whole` in which this file is broken.
+        damage: resume a copy of the job `whole` in which this file is broken. stop: SIGTERM to one rank at a step.
         """
         base = base or self.base
         config = small_config(base, source, self.directory / name, **sections).model_dump(mode="json")
         resume = "latest" if damage else None
-        self.specs.append({"name": name, "config": config, "resume": resume, "damage": damage})
+        self.specs.append({"name": name, "config": config, "resume": resume, "damage": damage, "stop": stop})
         if single is not None:
             sections["train"] = sections.get("train", {}) | single
             self.single[name] = small_config(base, source, self.directory / f"{name}-single", **sections)
@@ -127,7 +130,7 @@ def jobs(tmp_path_factory, small_base, small_rows) -> Jobs:
             small_rows,
             single={"gradient_accumulation_steps": 4},
             data={"packing": packing, "eval_split": 4},
-            train={"num_train_epochs": 2},
+            train={"num_train_epochs": 2, "gradient_checkpointing": "all"},
         )
     jobs.add(
         "row26",
@@ -147,6 +150,14 @@ def jobs(tmp_path_factory, small_base, small_rows) -> Jobs:
         train=once,
         checkpoint={"every": 1},
     )
+    jobs.add(
+        "row14-stock",
+        small_rows,
+        single={"gradient_accumulation_steps": 4},
+        train={"max_steps": 4, "gradient_checkpointing": "all"},
+        kernels={"layer": "stock"},
+    )
+    jobs.add("stopped", small_rows, train={"max_steps": 8}, stop={"rank": 1, "step": 3})
     dropout = {"lora": {"dropout": 0.1}, "checkpoint": {"every": 3}}
     jobs.add("whole", small_rows, train={"max_steps": 8}, **dropout)
     jobs.add(
@@ -195,11 +206,12 @@ def test_row03_two_epochs_with_an_uneven_last_window(jobs, packing):
         assert abs(ours["eval_loss"] - expected["eval_loss"]) < 2e-5
 
 
-def test_row14_checkpointing_on_two_ranks(jobs):
-    """Every job here recomputes its activations (`gradient_checkpointing: all` is the default)."""
-    spec = next(spec for spec in jobs.specs if spec["name"] == "row03-bfd")
-    assert spec["config"]["train"]["gradient_checkpointing"] == "all"
-    assert_same_training(*jobs.both("row03-bfd"))
+@pytest.mark.parametrize("layer", ["fused", "stock"])
+def test_row14_checkpointing_on_two_ranks(jobs, layer):
+    name = "row03-bfd" if layer == "fused" else "row14-stock"
+    config = load_config(jobs.directory / name / "config.resolved.yaml")
+    assert (config.kernels.layer, config.train.gradient_checkpointing) == (layer, "all")
+    assert_same_training(*jobs.both(name))
 
 
 def test_row26_seven_rows_on_two_ranks_count_once(jobs):
@@ -235,6 +247,15 @@ def test_row27_nan_on_one_rank_stops_all_before_the_step(jobs):
     assert not (run_dir / "adapter_model.safetensors").exists()
     for checkpoint in (run_dir / "checkpoints").glob("step-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "adapter_model.safetensors").values())
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(jobs):
+    for rank in (0, 1):
+        result = jobs.rank("stopped", rank)
+        assert result["error"] is None
+        assert result["stopped_by"] == signal.SIGTERM
+        assert [step["step"] for step in result["steps"]] == [1, 2, 3, 4]
+    assert find_checkpoint(jobs.directory / "stopped", "latest").state.step == 4
 
 
 def test_resume_on_two_ranks_past_a_damaged_checkpoint_is_exact(jobs):
