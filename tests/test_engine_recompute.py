@@ -35,7 +35,7 @@ def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("deep"), num_hidden_layers=NUM_LAYERS)
 
 
-def gradient(base, rows, *, recompute_layers: int, fused: bool, dropout: float = 0.1, quantization: str = "none"):
+def gradient(base, rows, *, fused: bool, dropout: float = 0.1, quantization: str = "none", **kept: int):
     """(flat gradient, softmax calls in forward, in backward) of one micro-batch; every call draws the same dropout."""
     config = small_config(base, rows, base, model={"quantization": quantization}, lora={"dropout": dropout, "r": 4})
     tokenizer = load_tokenizer(config.model)
@@ -57,7 +57,7 @@ def gradient(base, rows, *, recompute_layers: int, fused: bool, dropout: float =
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
     flat = FlatParameters(model)
-    with patched(model, attention="eager", recompute_layers=recompute_layers, fused=fused) as llama:
+    with patched(model, attention="eager", fused=fused, **kept) as llama:
         with SoftmaxCount() as forward:
             loss_sum = packed_loss_sum(llama, *to_device(loader.next_window()[0], torch.device("cpu")))
         with SoftmaxCount() as backward:
@@ -81,6 +81,20 @@ def test_row15_gradients_are_bit_equal_at_dropout_and_layers_run_again(base, sma
         assert torch.equal(again, expected)
     without, _, _ = gradient(base, small_rows, recompute_layers=0, fused=fused, quantization=quantization, dropout=0.0)
     assert (without - expected).norm() > 0.05 * expected.norm(), "dropout did nothing"
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_what_a_fused_layer_keeps_for_backward_does_not_change_the_gradient(base, small_rows, quantization):
+    options = {"fused": True, "quantization": quantization}
+    expected, _, _ = gradient(base, small_rows, **options)
+    for kept in (
+        {"keep_inputs_layers": 1},
+        {"keep_inputs_layers": NUM_LAYERS},
+        {"keep_inputs_layers": 1, "recompute_layers": 1},
+        {"cached_layers": NUM_LAYERS, "recompute_layers": NUM_LAYERS},
+    ):
+        again, _, _ = gradient(base, small_rows, **options, **kept)
+        assert torch.equal(again, expected), kept
 
 
 @pytest.mark.parametrize("layer", ["stock", "fused"])
