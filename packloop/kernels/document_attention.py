@@ -1,21 +1,21 @@
-"""Causal attention within short documents, RoPE included: tiles of documents are the programs, nothing else is launched.
+"""Causal attention of packed, short documents, RoPE included: one program for each tile of a document and head.
 
-Packed instruction data are documents of a few hundred tokens, where a layer's attention is bound by what it moves and
-waits for, not by its products. So:
+Instruction data are documents of a few hundred tokens, where a layer's attention is bound by what it moves and waits
+for, not by its products. So:
 
-- The host lists the tiles of all documents once a micro-batch (`plan_documents`), the longest documents first; a program
-  is one listed tile and one head. No program finds itself without work, and the heads of a tile run together, so rows
-  of q, k and v are read whole and the tiles of a document find its keys in the L2 cache.
-- Forward turns q by RoPE as it loads it and leaves it turned in place, which is safe: a query tile is read by one
-  program. Every later tile of the document reads a key tile, so keys are turned in place beforehand. Backward turns dq
-  and dk back on their way out. Tables of a whole tile would be as much traffic again as its keys: the angle of position
-  b + i is the sum of those of b and i, so a tile reads row b and rows 0, 1, ..., which stay in the L1 cache.
-- Backward computes probabilities twice, for dq and for dk and dv, rather than adding dq up across programs: no atomics,
-  so results are the same bit for bit each time. sum(d_out * out) falls out of the dq part, which runs first.
+- The host lists the tiles of all documents once a micro-batch (`plan_documents`), the longest documents first. Every
+  program has work, and the heads of a tile run side by side, so that rows of q, k and v are read whole and the tiles
+  of a document find its keys in the L2 cache.
+- Forward turns a query tile by RoPE and leaves it turned in place: one program reads it, so there is no race. Key tiles
+  are read by all later tiles of the document, and are turned in place beforehand. Backward turns dq and dk back on
+  their way out. A tile's own part of the tables would be as much traffic as its keys; but the angle of position b + i
+  is the sum of the angles of b and i, so a tile reads row b and rows 0, 1, ..., which the L1 cache holds.
+- Backward finds probabilities twice, for dq and for dk and dv, rather than adding dq up across programs: no atomics, so
+  results are the same bit for bit each time. The dq part, which runs first, also finds sum(d_out * out).
 
-Every score is one of a row's own document, so one comparison (key not after query) masks everything: rows past the end
-of a document are loaded as zeros and never stored. Scores are in base 2 inside: softmax takes exp2, and the saved
-log-sum-exp is a log2. Probabilities and score gradients are rounded to the inputs' dtype for their products.
+A score's row and key are always of one document, so `key <= row` masks all: rows past a document's end are loaded as
+zeros and not stored. Softmax is in base 2; what is saved is log2(sum(exp(scores))). Probabilities and the gradients
+of scores are rounded to the inputs' dtype for their products; all else is fp32.
 
 Shapes: T slots, H query heads, K key/value heads (H a multiple of K), D features of a head, P positions of the tables.
 Source: Dao, FlashAttention-2, arXiv:2307.08691; Su et al., RoPE, arXiv:2104.09864.
@@ -42,12 +42,27 @@ except ModuleNotFoundError:  # a CPU-only torch comes without Triton
 
 @dataclass(frozen=True)
 class Tiles:
-    """How one kernel is cut: rows a program owns, rows of the other side it takes at a time, warps, loads in flight."""
+    """How one kernel is cut: rows a program owns, rows of the other side it takes at a time, warps, loads in flight.
+
+    max_registers: a thread's, so that more programs fit a multiprocessor; None for as many as the compiler likes.
+    """
 
     owned: int
     streamed: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """As a kernel's launch takes them."""
+        return {
+            "OWNED": self.owned,
+            "STREAMED": self.streamed,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+        }
 
 
 @dataclass(frozen=True)
@@ -176,10 +191,9 @@ if triton is not None:
         head = tl.program_id(0) % num_heads
         rows = first_row + tl.arange(0, OWNED)
         if TURNS:
-            # In parts, which need fewer registers; read back whole, for the products want it in shared memory.
-            PART: tl.constexpr = OWNED // 4
-            for part in range(4):
-                _turn_in_place(q, tables, document, first_row + part * PART, head, PART, HEAD_DIM)
+            # In halves, which need fewer registers; then read back whole, for products want it in shared memory.
+            for half in tl.static_range(2):
+                _turn_in_place(q, tables, document, first_row + half * (OWNED // 2), head, OWNED // 2, HEAD_DIM)
             tl.debug_barrier()
         q_tile = _load(q, document, first_row, head, OWNED, HEAD_DIM)
         # Key 0 is seen by every row, so the running maximum is finite from the first step on.
@@ -214,20 +228,16 @@ if triton is not None:
         found = _delta_of(out, d_out_tile, document, first_row, head, OWNED, HEAD_DIM)
         _store_per_row(found, delta, document, first_row, head, OWNED)
 
+    # The two parts of backward take: inputs (q, k, v), results (out, d_out, lse, delta), where to store their
+    # gradients, RoPE's tables, and their tile as (document, its first row or key, head).
+
     @triton.jit
     def _query_part(
-        q,
-        k,
-        v,
-        out,
-        d_out,
-        lse,
-        delta,
+        inputs,
+        results,
         dq,
         tables,
-        document,
-        first_row,
-        head,
+        tile,
         scale,
         FINDS_DELTA: tl.constexpr,
         TURNS_BACK: tl.constexpr,
@@ -237,6 +247,9 @@ if triton is not None:
         STREAMED: tl.constexpr,
     ):
         """dq of one query tile and head; with FINDS_DELTA it first finds and stores sum(d_out * out) of its rows."""
+        q, k, v = inputs
+        out, d_out, lse, delta = results
+        document, first_row, head = tile
         rows = first_row + tl.arange(0, OWNED)
         q_tile = _load(q, document, first_row, head, OWNED, HEAD_DIM)
         d_out_tile = _load(d_out, document, first_row, head, OWNED, HEAD_DIM)
@@ -262,18 +275,12 @@ if triton is not None:
 
     @triton.jit
     def _key_part(
-        q,
-        k,
-        v,
-        d_out,
-        lse,
-        delta,
+        inputs,
+        results,
         dk,
         dv,
         tables,
-        document,
-        first_key,
-        kv_head,
+        tile,
         scale,
         TURNS_BACK: tl.constexpr,
         GROUP: tl.constexpr,
@@ -282,6 +289,9 @@ if triton is not None:
         STREAMED: tl.constexpr,
     ):
         """dk and dv of one key tile, summed over the query heads that share it, in their order."""
+        q, k, v = inputs
+        _, d_out, lse, delta = results
+        document, first_key, kv_head = tile
         keys = first_key + tl.arange(0, OWNED)
         k_tile = _load(k, document, first_key, kv_head, OWNED, HEAD_DIM)
         v_tile = _load(v, document, first_key, kv_head, OWNED, HEAD_DIM)
@@ -308,16 +318,9 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        q,
-        k,
-        v,
-        out,
-        d_out,
-        lse,
-        delta,
-        dq,
-        dk,
-        dv,
+        inputs,
+        results,
+        gradients,
         tables,
         tiles_ptr,
         position_ids_ptr,
@@ -333,55 +336,19 @@ if triton is not None:
     ):
         """The dq part of each tile and query head if QUERIES, the dk and dv part of each tile and key head if KEYS."""
         PARTS: tl.constexpr = (GROUP if QUERIES else 0) + (1 if KEYS else 0)
+        dq, dk, dv = gradients
         part = tl.program_id(0) % PARTS
         kv_head = tl.program_id(0) // PARTS % num_kv_heads
         entry = tl.program_id(0) // PARTS // num_kv_heads
         document, first = _listed_tile(tiles_ptr, entry, position_ids_ptr, TURNS_BACK, OWNED)
-        if QUERIES:
-            if part < GROUP:
-                _query_part(
-                    q,
-                    k,
-                    v,
-                    out,
-                    d_out,
-                    lse,
-                    delta,
-                    dq,
-                    tables,
-                    document,
-                    first,
-                    kv_head * GROUP + part,
-                    scale,
-                    not KEYS,
-                    TURNS_BACK,
-                    GROUP,
-                    HEAD_DIM,
-                    OWNED,
-                    STREAMED,
-                )
-        if KEYS:
-            if part == PARTS - 1:
-                _key_part(
-                    q,
-                    k,
-                    v,
-                    d_out,
-                    lse,
-                    delta,
-                    dk,
-                    dv,
-                    tables,
-                    document,
-                    first,
-                    kv_head,
-                    scale,
-                    TURNS_BACK,
-                    GROUP,
-                    HEAD_DIM,
-                    OWNED,
-                    STREAMED,
-                )
+        if QUERIES and (not KEYS or part < GROUP):
+            tile = (document, first, kv_head * GROUP + part)
+            _query_part(
+                inputs, results, dq, tables, tile, scale, not KEYS, TURNS_BACK, GROUP, HEAD_DIM, OWNED, STREAMED
+            )
+        if KEYS and (not QUERIES or part == GROUP):
+            tile = (document, first, kv_head)
+            _key_part(inputs, results, dk, dv, tables, tile, scale, TURNS_BACK, GROUP, HEAD_DIM, OWNED, STREAMED)
 
 
 _HEAD_DIMS = (16, 32, 64, 128)
@@ -438,9 +405,11 @@ def _tables(rotation: Rotation | None) -> tuple[tuple, Tensor | None]:
 
 
 def _forward(q_THD, k_TKD, v_TKD, layout, scale, tiles: Tiles, rotation: Rotation | None, out_THD: Tensor) -> Tensor:
-    """Fills out and returns log2(sum(exp(scores))), fp32 [H, T]. With a rotation, q and k are first turned in place."""
+    """Fills out and returns log2(sum(exp(scores))), fp32 [H, T or more]. A rotation turns q and k in place."""
     num_heads, num_kv_heads, head_dim = q_THD.shape[1], k_TKD.shape[1], q_THD.shape[2]
-    lse_HT = torch.empty(num_heads, q_THD.shape[0], dtype=torch.float32, device=q_THD.device)
+    # Triton compiles a kernel anew for sizes that are no multiple of 16.
+    padded_slots = -(-q_THD.shape[0] // 16) * 16
+    lse_HT = torch.empty(num_heads, padded_slots, dtype=torch.float32, device=q_THD.device)
     plan, turn_plan = _tiles_of(layout, tiles.owned), _tiles_of(layout, _POINTWISE.owned)
     if not len(plan):
         return lse_HT
@@ -470,10 +439,7 @@ def _forward(q_THD, k_TKD, v_TKD, layout, scale, tiles: Tiles, rotation: Rotatio
         TURNS=rotation is not None,
         GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
-        OWNED=tiles.owned,
-        STREAMED=tiles.streamed,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **tiles.options,
     )
     return lse_HT
 
@@ -489,7 +455,9 @@ def _backward(saved, d_out, q, k, v, layout, scale, tiles: BackwardTiles, rotati
     def launch(part: Tiles, *, queries: bool, keys: bool) -> None:
         plan = _tiles_of(layout, part.owned)
         _backward_kernel[(len(plan) * num_kv_heads * (group * queries + keys),)](
-            *(_matrix(x) for x in (q, k, v, out_THD, d_out, lse_HT, delta_HT, dq, dk, dv)),
+            (_matrix(q), _matrix(k), _matrix(v)),
+            (_matrix(out_THD), _matrix(d_out), (lse_HT, lse_HT.stride(0)), (delta_HT, delta_HT.stride(0))),
+            (_matrix(dq), _matrix(dk), _matrix(dv)),
             tables,
             plan,
             position_ids_T,
@@ -500,10 +468,7 @@ def _backward(saved, d_out, q, k, v, layout, scale, tiles: BackwardTiles, rotati
             TURNS_BACK=rotation is not None,
             GROUP=group,
             HEAD_DIM=head_dim,
-            OWNED=part.owned,
-            STREAMED=part.streamed,
-            num_warps=part.num_warps,
-            num_stages=part.num_stages,
+            **part.options,
         )
 
     plan = _tiles_of(layout, _POINTWISE.owned)
@@ -511,7 +476,9 @@ def _backward(saved, d_out, q, k, v, layout, scale, tiles: BackwardTiles, rotati
         return
     if tiles.joint:
         _delta_kernel[(len(plan) * num_heads,)](
-            *(_matrix(x) for x in (out_THD, d_out, delta_HT)),
+            _matrix(out_THD),
+            _matrix(d_out),
+            (delta_HT, delta_HT.stride(0)),
             plan,
             num_heads,
             HEAD_DIM=head_dim,
@@ -524,15 +491,19 @@ def _backward(saved, d_out, q, k, v, layout, scale, tiles: BackwardTiles, rotati
         launch(tiles.keys, queries=False, keys=True)
 
 
-def _default_tiles(dtype: torch.dtype) -> tuple[Tiles, BackwardTiles]:
-    if dtype == torch.float32:  # no tensor cores: products of small tiles, for tests
+def _default_tiles(dtype: torch.dtype, device: torch.device) -> tuple[Tiles, BackwardTiles]:
+    if dtype == torch.float32:  # no tensor cores: products of small tiles
         small = Tiles(owned=32, streamed=32, num_warps=4, num_stages=1)
         return small, BackwardTiles(queries=small, keys=small)
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        tiles = Tiles(owned=64, streamed=32, num_warps=4, num_stages=2)
+        keys = Tiles(owned=64, streamed=32, num_warps=8, num_stages=1)
+        return tiles, BackwardTiles(queries=tiles, keys=keys)
     return (
-        Tiles(owned=64, streamed=64, num_warps=4, num_stages=2),
+        Tiles(owned=64, streamed=32, num_warps=4, num_stages=2, max_registers=128),
         BackwardTiles(
-            queries=Tiles(owned=64, streamed=64, num_warps=4, num_stages=1),
-            keys=Tiles(owned=64, streamed=64, num_warps=4, num_stages=1),
+            queries=Tiles(owned=64, streamed=32, num_warps=4, num_stages=2, max_registers=168),
+            keys=Tiles(owned=64, streamed=32, num_warps=4, num_stages=2),
         ),
     )
 
@@ -564,11 +535,11 @@ class DocumentAttention:
         _check(q=q_THD, k=k_TKD, v=v_TKD, out=out)
         if scale <= 0:
             raise ValueError(f"scale {scale}: a positive one is needed")
-        tiles = self._forward_tiles or _default_tiles(q_THD.dtype)[0]
+        tiles = self._forward_tiles or _default_tiles(q_THD.dtype, q_THD.device)[0]
         return out, (out, _forward(q_THD, k_TKD, v_TKD, layout, scale, tiles, rotation, out))
 
     def backward(self, saved, d_out, q, k, v, layout, scale, dq, dk, dv, *, rotation: Rotation | None = None) -> None:
         """Fills dq, dk, dv. With the forward's rotation, q and k are as it left them and dq and dk are turned back."""
         _check(d_out=d_out, q=q, k=k, v=v, dq=dq, dk=dk, dv=dv)
-        tiles = self._backward_tiles or _default_tiles(q.dtype)[1]
+        tiles = self._backward_tiles or _default_tiles(q.dtype, q.device)[1]
         _backward(saved, d_out, q, k, v, layout, scale, tiles, rotation, dq, dk, dv)

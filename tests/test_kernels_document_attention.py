@@ -1,0 +1,214 @@
+"""Attention of packed documents on the CPU, in Triton's interpreter, against the oracles.
+
+The interpreter holds for a whole process, so an ordinary pytest run starts a second one on this file, as
+test_kernels_interpreted.py does. float32 only, for the same reasons; bf16 and long documents are tests/gpu's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from packloop.kernels import reference
+from packloop.kernels.attention import DocumentLayout
+from packloop.kernels.document_attention import BackwardTiles, DocumentAttention, Rotation, Tiles, plan_documents
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+SCALE = 0.11
+
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_the_interpreter starts")
+
+
+@pytest.mark.skipif(INTERPRETING, reason="this is that process")
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run here: make test-gpu")
+def test_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-rs"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs():
+    """New memory holds NaN, so an element that a kernel leaves out shows."""
+    if not INTERPRETING:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+LARGE = Tiles(owned=64, streamed=64, num_warps=4, num_stages=1)
+WIDE, TALL = (Tiles(owned=owned, streamed=48 - owned, num_warps=4, num_stages=1) for owned in (16, 32))
+
+
+class Case(NamedTuple):
+    """Documents of these lengths with their inputs in column slices of one buffer."""
+
+    lengths: list[int]
+    heads: tuple[int, int, int]
+    layout: DocumentLayout
+    rotation: Rotation
+    qkv: torch.Tensor
+    d_out: torch.Tensor
+
+    def split(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        num_heads, num_kv_heads, head_dim = self.heads
+        sizes = [8, num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim, 5]
+        return [part.unflatten(1, (-1, head_dim)) for part in buffer.split(sizes, dim=1)[1:4]]
+
+
+def make_case(lengths: list[int], heads: tuple[int, int, int]) -> Case:
+    num_heads, num_kv_heads, head_dim = heads
+    num_slots = sum(lengths)
+    generator = torch.Generator().manual_seed(num_slots)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    document_ids = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+    # The first document starts at position 3, as the tail of a row under `wrapped` does.
+    positions = torch.cat([torch.arange(n) + 3 * (i == 0) for i, n in enumerate(lengths)])
+    tables = reference.rope_tables(1 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim), max(lengths) + 3, 1.2)
+    return Case(
+        lengths,
+        heads,
+        DocumentLayout(document_ids[None], bounds, max(lengths), is_packed=True),
+        Rotation(*tables, positions),
+        torch.randn(num_slots, 8 + (num_heads + 2 * num_kv_heads) * head_dim + 5, generator=generator),
+        torch.randn(num_slots, num_heads, head_dim, generator=generator),
+    )
+
+
+def ours(case: Case, backend: DocumentAttention, rotation: Rotation | None) -> list[torch.Tensor]:
+    """(out, dq, dk, dv); everything beside the slices that are to be written stays as it was."""
+    buffer = case.qkv.clone()
+    inputs = case.split(buffer)
+    out, saved = backend.forward(*inputs, case.layout, SCALE, rotation=rotation)
+    assert torch.equal(buffer[:, :8], case.qkv[:, :8])
+    assert torch.equal(buffer[:, -5:], case.qkv[:, -5:])
+    gradients = torch.full_like(buffer, float("nan"))
+    views = case.split(gradients)
+    backend.backward(saved, case.d_out, *inputs, case.layout, SCALE, *views, rotation=rotation)
+    assert int(gradients.isnan().sum()) == 13 * len(gradients)
+    return [out, *views]
+
+
+def expected(case: Case, rotation: Rotation | None) -> list[torch.Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in case.split(case.qkv)]
+    q, k, v = leaves
+    if rotation is not None:
+        q, k = (reference.rope(x, rotation.cos_PD, rotation.sin_PD, rotation.position_ids_T) for x in (q, k))
+    out = reference.attention(q, k, v, case.layout.document_ids_BL[0], scale=SCALE)
+    return [out, *torch.autograd.grad(out, leaves, case.d_out)]
+
+
+def assert_equal_within_rounding(case: Case, backend: DocumentAttention, rotation: Rotation | None) -> None:
+    for found, target in zip(ours(case, backend, rotation), expected(case, rotation)):
+        torch.testing.assert_close(found, target, rtol=1e-5, atol=2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "heads"),
+    [
+        ([1, 2, 63, 0, 64, 65, 100], (1, 1, 64)),
+        ([65, 1], (2, 2, 128)),
+        ([130, 300], (1, 1, 64)),
+        ([70, 13], (4, 1, 64)),
+        ([2, 65], (8, 1, 128)),
+    ],
+)
+def test_forward_and_every_gradient(lengths: list[int], heads: tuple[int, int, int], rotates: bool):
+    case = make_case(lengths, heads)
+    assert_equal_within_rounding(
+        case, DocumentAttention(LARGE, BackwardTiles(LARGE, LARGE)), case.rotation if rotates else None
+    )
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "backend",
+    [
+        DocumentAttention(),
+        DocumentAttention(WIDE, BackwardTiles(queries=WIDE, keys=TALL)),
+        DocumentAttention(TALL, BackwardTiles(queries=TALL, keys=WIDE)),
+        DocumentAttention(TALL, BackwardTiles(queries=TALL, keys=TALL, joint=True)),
+    ],
+)
+def test_any_tiles(backend: DocumentAttention):
+    case = make_case([33, 1, 70], (2, 1, 16))
+    assert_equal_within_rounding(case, backend, case.rotation)
+
+
+@interpreted
+def test_forward_leaves_q_and_k_turned():
+    case = make_case([40, 7], (2, 1, 32))
+    buffer = case.qkv.clone()
+    q, k, v = case.split(buffer)
+    out = torch.full((47, 80), float("nan"))
+    found, _ = DocumentAttention().forward(
+        q, k, v, case.layout, SCALE, rotation=case.rotation, out=out[:, 8:72].unflatten(1, (2, 32))
+    )
+    assert found.data_ptr() == out[:, 8:].data_ptr()
+    assert int(out.isnan().sum()) == 47 * 16
+    before = case.split(case.qkv)
+    for turned, x in zip((q, k), before):
+        cos_PD, sin_PD, positions_T = case.rotation.cos_PD, case.rotation.sin_PD, case.rotation.position_ids_T
+        torch.testing.assert_close(turned, reference.rope(x, cos_PD, sin_PD, positions_T), rtol=2e-6, atol=2e-6)
+    assert torch.equal(v, before[2])
+
+
+@interpreted
+def test_documents_are_apart_and_results_repeat():
+    case = make_case([20, 50, 9], (2, 1, 16))
+    first = ours(case, DocumentAttention(), case.rotation)
+    for found, again in zip(ours(case, DocumentAttention(), case.rotation), first):
+        assert torch.equal(found, again)
+    case.qkv[20:70] += 1
+    case.d_out[20:70] += 1
+    others = torch.tensor([*range(20), *range(70, 79)])
+    for found, before in zip(ours(case, DocumentAttention(), case.rotation), first):
+        assert torch.equal(found[others], before[others])
+        assert not torch.equal(found[20:70], before[20:70])
+
+
+@interpreted
+def test_under_autograd():
+    case = make_case([17, 30], (4, 2, 32))
+    leaves = [x.detach().clone().requires_grad_() for x in case.split(case.qkv)]
+    out = DocumentAttention()(*leaves, case.layout, SCALE)
+    for found, target in zip([out, *torch.autograd.grad(out, leaves, case.d_out)], expected(case, None)):
+        torch.testing.assert_close(found, target, rtol=1e-5, atol=2e-5)
+
+
+def test_plan_lists_every_tile_once_longest_document_first():
+    plan = plan_documents(torch.tensor([0, 5, 5, 70, 198], dtype=torch.int32), 64)
+    assert plan.dtype == torch.int32
+    assert plan.tolist() == [[70, 198, 1], [70, 198, 0], [5, 70, 1], [5, 70, 0], [0, 5, 0]]
+    assert plan_documents(torch.tensor([0, 0]), 64).shape == (0, 3)
+    assert plan_documents(torch.tensor([0]), 64).shape == (0, 3)
+
+
+def test_refuses_what_it_cannot_read():
+    layout = make_case([4], (1, 1, 16)).layout
+    q = torch.zeros(4, 2, 16)
+    with pytest.raises(ValueError, match=r"adjacent features and heads"):
+        DocumentAttention().forward(torch.zeros(2, 4, 16).transpose(0, 1), q, q, layout, SCALE)
+    with pytest.raises(ValueError, match=r"heads of 24 features"):
+        DocumentAttention().forward(*[torch.zeros(4, 2, 24)] * 3, layout, SCALE)
+    with pytest.raises(ValueError, match=r"scale -1"):
+        DocumentAttention().forward(q, q, q, layout, -1)
