@@ -178,9 +178,10 @@ class FlashAttn4(_FlashAttention):
 BACKENDS = {"flash_attn": FlashAttn2, "varlen": TorchVarlen, "flash_attn_4": FlashAttn4}
 
 _INSTALL = {
-    "flash_attn": ("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"),
-    "flash_attn_4": ("flash_attn.cute", "pip install flash-attn-4"),
-    "document": ("triton", "pip install triton"),
+    "flash_attn": (("flash_attn.flash_attn_interface",), "pip install flash-attn --no-build-isolation"),
+    # flash-attn 2 carries a copy of the sources that cannot run without CUTLASS's Python package.
+    "flash_attn_4": (("flash_attn.cute", "cutlass"), "pip install flash-attn-4"),
+    "document": (("triton",), "pip install triton"),
 }
 _NEEDED_CAPABILITY = {"flash_attn": (8, 0), "varlen": (8, 0), "flash_attn_4": (9, 0), "document": (8, 0)}
 
@@ -197,8 +198,8 @@ def why_not(name: str, *, dtype: torch.dtype, device: torch.device) -> str | Non
     if name == "varlen" and torch.are_deterministic_algorithms_enabled():
         return "PyTorch's copy has no deterministic backward for packed documents"
     if name in _INSTALL:
-        module, command = _INSTALL[name]
-        if not _is_installed(module):
+        modules, command = _INSTALL[name]
+        if not all(_is_installed(module) for module in modules):
             return f"its package is not installed: {command}"
     return None
 
