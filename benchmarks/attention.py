@@ -3,9 +3,9 @@
     python benchmarks/attention.py --output RESULT.json [--heads 32,32,128] [--no-search]
 
 16,384 bf16 slots in rows of 2048 (or one row): documents as instruction data has them (mean 235), of 256, of 2048 and
-of 16384 tokens. q, k, v and their gradients are column slices of one buffer, as in training. First every candidate tiling
-of the document kernels is timed on the instruction-like documents and the fastest kept; then all backends, by CUDA
-events, median of 20 after warm-up, the host well ahead of the device. `with RoPE` adds the RoPE kernel where the
+of 16384 tokens. q, k, v and their gradients are column slices of one buffer, as in training. First every candidate
+tiling of the document kernels is timed on the instruction-like documents and the fastest kept; then all backends, by
+CUDA events, median of 20 after warm-up, the host well ahead of the device. `with RoPE` adds the RoPE kernel where the
 backend does not rotate. Before anything is timed the document kernels must agree with the oracle in fp32.
 """
 
