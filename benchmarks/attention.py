@@ -45,7 +45,7 @@ FORWARD = [
 ]
 QUERIES = [
     Tiles(64, 32, num_warps=4, num_stages=2, max_registers=168),
-    Tiles(64, 32, num_warps=4, num_stages=1, max_registers=128),
+    Tiles(64, 32, num_warps=4, num_stages=1, max_registers=168),
     Tiles(128, 32, num_warps=8, num_stages=2, max_registers=128),
     Tiles(64, 64, num_warps=4, num_stages=2),
 ]
