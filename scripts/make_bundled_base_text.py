@@ -8,7 +8,7 @@ never sees an instruction written for a text, which is what the demo teaches it,
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from make_bundled_data import SCENES, Combination, Draw, Example, make_example, pick, shuffled
 from make_bundled_words import ENTITIES, words
@@ -40,7 +40,17 @@ QUESTIONS = {
 
 
 class WideDraw(Draw):
-    """Draws entities whose first word is mostly made up."""
+    """Draws examples none of which is held out, with entities whose first word is at times made up."""
+
+    def __init__(self, rng: random.Random, held_out: set[Combination]):
+        super().__init__(rng)
+        self.held_out = held_out
+
+    def example(self) -> Example:
+        while True:
+            example = make_example(self, SCENES[int(self.rng.random() * len(SCENES))])
+            if example.combination not in self.held_out:
+                return example
 
     def first_word(self, pool: str) -> str:
         if pool != "doctor" and self.rng.random() < MADE_UP:
@@ -90,8 +100,7 @@ def echo(draw: WideDraw, example: Example) -> str:
 
 def errands(draw: WideDraw, example: Example) -> str:
     """Instructions, one a line, of which none has its text."""
-    scenes = [SCENES[int(draw.rng.random() * len(SCENES))] for _ in range(3)]
-    return "To do:\n" + "\n".join(f"- {make_example(draw, scene).instruction}" for scene in scenes)
+    return "To do:\n" + "\n".join(f"- {draw.example().instruction}" for _ in range(3))
 
 
 TASKS = {document: 0.1, to_order: 0.2, questions: 0.4, repeat: 0.15, echo: 0.1, errands: 0.05}
@@ -99,17 +108,12 @@ TASKS = {document: 0.1, to_order: 0.2, questions: 0.4, repeat: 0.15, echo: 0.1, 
 
 def base_rows(count: int, seed: int, held_out: set[Combination]) -> Iterator[dict[str, str]]:
     """`count` rows of one field, `text`. No combination of `held_out` is drawn."""
-    rng = random.Random(seed)
-    draw = WideDraw(rng)
-    while count:
-        example = make_example(draw, SCENES[int(rng.random() * len(SCENES))])
-        if example.combination in held_out:
-            continue
-        yield {"text": pick_task(rng)(draw, example)}
-        count -= 1
+    draw = WideDraw(random.Random(seed), held_out)
+    for _ in range(count):
+        yield {"text": pick_task(draw.rng)(draw, draw.example())}
 
 
-def pick_task(rng: random.Random):
+def pick_task(rng: random.Random) -> Callable[[WideDraw, Example], str]:
     point = rng.random()
     for task, share in TASKS.items():
         point -= share

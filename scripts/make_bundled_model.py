@@ -24,7 +24,7 @@ from packloop.engine.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_DIRECTORY = ROOT / "packloop" / "bundled" / "model"
-NUM_ROWS = 32_000
+NUM_ROWS = 250_000
 SEED = 7
 PAD, BOS, EOS = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 

@@ -164,10 +164,9 @@ def choose_backend(
     if device.type != "cuda":
         return "sdpa", "PyTorch's fused attention, with a document mask where documents are packed"
     usable = [name for name, reason in reasons.items() if reason is None and name != "eager"]
-    if is_packed:
-        usable.remove(
-            "sdpa"
-        )  # its document mask is quadratic in memory and its fused kernels do not skip what it hides
+    if is_packed and len(usable) > 1:
+        # Its document mask is quadratic in memory, and its fused kernels do not skip what the mask hides.
+        usable.remove("sdpa")
     if layout is None or len(usable) == 1:
         preferred = [name for name in ("document", "flash_attn", "varlen", "cudnn", "sdpa") if name in usable]
         return (preferred or ["sdpa"])[0], "not timed"
