@@ -1,0 +1,271 @@
+"""The floor of a training step: its matrix products without recomputation and its attention, each as fast as it goes.
+
+python -m benchmarks.floor llama2-7b --tokenizer DIR --data FILE --batch 8
+
+In it, for every micro-batch: forward and input gradient of the seven linear layers of each decoder layer and of the
+head, in the fastest of the layouts tried, on random-normal bf16 inputs; and the fastest attention, forward and
+backward, on the micro-batch's own `cu_seqlens`. The head takes the rows that have a label. The first layer's q, k and
+v need no input gradient, as the embedding is frozen, and have none here. Not in it: weight gradients (the base is
+frozen), dequantisation, adapters, norms, activations, loss and optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from benchmarks.peers.rows import Windows, load_tokenizer
+from benchmarks.peers.shapes import SHAPES, shape_config
+from packloop.data.loader import Batch
+from packloop.engine.batch import to_device
+from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend
+
+# Repeats of one product, after two to warm up, when layouts are compared.
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that share an input: features in, features out of each."""
+
+    name: str
+    in_features: int
+    out_features: tuple[int, ...]
+
+
+def groups_of(config: LlamaConfig) -> list[Group]:
+    """Of one decoder layer."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    return [
+        Group("qkv", hidden, (q_size, kv_size, kv_size)),
+        Group("o", q_size, (hidden,)),
+        Group("gate_up", hidden, (intermediate, intermediate)),
+        Group("down", intermediate, (hidden,)),
+    ]
+
+
+@dataclass(frozen=True)
+class Product:
+    """The fastest way found for one group's forward or input gradient."""
+
+    layout: str
+    ms: float
+    run: Callable[[], None]
+
+
+class Floor:
+    """The products of one micro-batch size, ready to run, in the layouts that were fastest here.
+
+    num_slots: rows of the decoder's products; num_labels: rows of the head's. One layer's weights serve all layers:
+    they are larger than any cache.
+    """
+
+    def __init__(self, config: LlamaConfig, *, num_slots: int, num_labels: int, device: torch.device):
+        self.config, self.device = config, device
+        head = Group("head", config.hidden_size, (config.vocab_size,))
+        rows = [(group, num_slots) for group in groups_of(config)] + [(head, num_labels)]
+        self.products = {}
+        for group, num_rows in rows:
+            self.products[f"{group.name} forward"] = self._fastest(_forwards(group, num_rows, device))
+            self.products[f"{group.name} input gradient"] = self._fastest(_input_gradients(group, num_rows, device))
+        self.attention: str | None = None
+        self.why_attention = ""
+        self._attention_inputs: dict[int, list[Tensor]] = {}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of the layouts that lost
+
+    @classmethod
+    def of(cls, config: LlamaConfig, micros: list[Batch], device: torch.device) -> Floor:
+        """For steps like this one; their micro-batches are all of one size."""
+        return cls(config, num_slots=micros[0].num_slots, num_labels=micros[0].num_label_tokens, device=device)
+
+    def step_ms(self, layouts: list[DocumentLayout]) -> float:
+        """Wall time of all products and attention of one optimizer step, whose micro-batches have these layouts."""
+        if self.attention is None:
+            self.attention, self.why_attention = self._choose_attention(layouts[0])
+            self._all_micro_batches(layouts)
+        _synchronize(self.device)
+        start = time.perf_counter()
+        self._all_micro_batches(layouts)
+        _synchronize(self.device)
+        return (time.perf_counter() - start) * 1e3
+
+    def _choose_attention(self, layout: DocumentLayout) -> tuple[str, str]:
+        return choose_backend(
+            "auto",
+            is_packed=layout.is_packed,
+            dtype=torch.bfloat16,
+            device=self.device,
+            heads=self._heads,
+            layout=layout,
+        )
+
+    def _all_micro_batches(self, layouts: list[DocumentLayout]) -> None:
+        attend = load_backend(self.attention)
+        run = {name: product.run for name, product in self.products.items()}
+        for layout in layouts:
+            q, k, v, d_out, *gradients = self._inputs(layout.document_ids_BL.numel())
+            scale = q.shape[-1] ** -0.5
+            for index in range(self.config.num_hidden_layers):
+                run["qkv forward"]()
+                _, saved = attend.forward(q, k, v, layout, scale)
+                for name in ("o", "gate_up", "down"):
+                    run[f"{name} forward"]()
+                for name in ("down", "gate_up", "o"):
+                    run[f"{name} input gradient"]()
+                attend.backward(saved, d_out, q, k, v, layout, scale, *gradients)
+                if index > 0:
+                    run["qkv input gradient"]()
+            run["head forward"]()
+            run["head input gradient"]()
+
+    @property
+    def _heads(self) -> tuple[int, int, int]:
+        config = self.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_attention_heads, config.num_key_value_heads, head_dim
+
+    def _inputs(self, num_slots: int) -> list[Tensor]:
+        """q, k, v, the output's gradient, and places for the gradients of q, k and v."""
+        if num_slots not in self._attention_inputs:
+            heads, kv_heads, head_dim = self._heads
+            made = [_normal((num_slots, n, head_dim), self.device) for n in (heads, kv_heads, kv_heads, heads)]
+            self._attention_inputs[num_slots] = made + [torch.empty_like(x) for x in made[:3]]
+        return self._attention_inputs[num_slots]
+
+    def _fastest(self, candidates: dict[str, Callable[[], None]]) -> Product:
+        times = {name: _median_ms(run, self.device) for name, run in candidates.items()}
+        best = min(times, key=times.get)
+        return Product(best, times[best], candidates[best])
+
+    def report(self) -> dict:
+        """What was chosen, and the milliseconds of each part alone."""
+        return {
+            "layouts": {name: product.layout for name, product in self.products.items()},
+            "products_ms": {name: round(product.ms, 4) for name, product in self.products.items()},
+            "attention": f"{self.attention}: {self.why_attention}",
+        }
+
+
+def _forwards(group: Group, num_rows: int, device: torch.device) -> dict[str, Callable[[], None]]:
+    """y = x W^T with W stored [out, in] (NT) or [in, out] (NN), members joined to one product or split."""
+    x = _normal((num_rows, group.in_features), device)
+    candidates = {}
+    for name, sizes in _splits(group).items():
+        outs = [torch.empty(num_rows, size, dtype=x.dtype, device=device) for size in sizes]
+        nt = [_normal((size, group.in_features), device).t() for size in sizes]
+        nn = [_normal((group.in_features, size), device) for size in sizes]
+        candidates[f"{name} NT"] = _products(x, nt, outs)
+        candidates[f"{name} NN"] = _products(x, nn, outs)
+    return candidates
+
+
+def _products(x: Tensor, weights: list[Tensor], outs: list[Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        for weight, out in zip(weights, outs, strict=True):
+            torch.mm(x, weight, out=out)
+
+    return run
+
+
+def _input_gradients(group: Group, num_rows: int, device: torch.device) -> dict[str, Callable[[], None]]:
+    """dx = dy W with W stored [out, in] (NN) or [in, out] (NT), members joined, or split and summed in place."""
+    dx = torch.empty(num_rows, group.in_features, dtype=torch.bfloat16, device=device)
+    candidates = {}
+    for name, sizes in _splits(group).items():
+        dys = [_normal((num_rows, size), device) for size in sizes]
+        nn = [_normal((size, group.in_features), device) for size in sizes]
+        nt = [_normal((group.in_features, size), device).t() for size in sizes]
+        candidates[f"{name} NN"] = _summed_products(dys, nn, dx)
+        candidates[f"{name} NT"] = _summed_products(dys, nt, dx)
+    return candidates
+
+
+def _summed_products(dys: list[Tensor], weights: list[Tensor], dx: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        torch.mm(dys[0], weights[0], out=dx)
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            torch.addmm(dx, dy, weight, out=dx)
+
+    return run
+
+
+def _splits(group: Group) -> dict[str, tuple[int, ...]]:
+    joined = {"joined": (sum(group.out_features),)}
+    return joined | {"split": group.out_features} if len(group.out_features) > 1 else joined
+
+
+def _normal(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+
+def _median_ms(run: Callable[[], None], device: torch.device) -> float:
+    laps = []
+    for _ in range(REPEATS + 2):
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        laps.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(laps[2:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--tokenizer", required=True, help="directory")
+    parser.add_argument("--data", required=True, help="JSON rows with the fields instruction and output")
+    parser.add_argument("--batch", type=int, default=8, help="packs a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
+    parser.add_argument("--length", type=int, default=2048, help="tokens a pack")
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    windows = Windows(
+        arguments.data,
+        load_tokenizer(arguments.tokenizer),
+        packing="bfd",
+        length=arguments.length,
+        batch=arguments.batch,
+        accumulation=arguments.accumulation,
+        seed=0,
+    )
+    laps, rates = [], []
+    floor = None
+    for _ in range(arguments.steps):
+        micros = windows.next()
+        config = shape_config(arguments.shape, arguments.tokenizer)
+        floor = floor or Floor.of(config, micros, device)
+        laps.append(floor.step_ms([to_device(micro, device)[2] for micro in micros]))
+        rates.append(sum(micro.num_real_tokens for micro in micros) / laps[-1] * 1e3)
+    print(
+        json.dumps(
+            {
+                "shape": arguments.shape,
+                "floor_ms": statistics.median(laps),
+                "floor_ms_range": [min(laps), max(laps)],
+                "floor_real_tokens_per_s": statistics.median(rates),
+                **floor.report(),
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
