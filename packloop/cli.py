@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,6 +40,8 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stdout.isatty() else "1")
+        # Notices to those libraries' callers; what a user can act on is checked and said by packloop itself.
+        warnings.filterwarnings("ignore", module="peft|transformers")
 
 
 @app.command()
