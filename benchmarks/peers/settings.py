@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,10 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-    if git.returncode == 0:
-        found["commit"] = git.stdout.strip()
+    if git := shutil.which("git"):
+        done = subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+        if done.returncode == 0:
+            found["commit"] = done.stdout.strip()
     return found
 
 
