@@ -17,6 +17,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure(config):
+    """Hides a GPU from all tests but those of `-m gpu`: they are of the CPU, where runs are equal to the last bit."""
+    if config.option.markexpr != "gpu" and not any("gpu" in argument for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _write_rows(path: Path, rows: list[dict]) -> Path:
     if path.suffix == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")

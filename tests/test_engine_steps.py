@@ -193,3 +193,16 @@ def test_row16_training_keeps_no_cache_and_exports_it_on(small_base, small_rows,
     train(config)
     for directory in (tmp_path / "run", tmp_path / "run/checkpoints/step-000001"):
         assert json.loads((directory / "config.json").read_text())["use_cache"] is True
+
+
+def test_tensorboard_gets_every_step(small_base, small_rows, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    sections = {"train": {"max_steps": 3}, "data": {"eval_split": 2}, "log": {"trackers": ["tensorboard"]}}
+    train(small_config(small_base, small_rows, tmp_path / "run", **sections))
+    (events,) = (tmp_path / "run/packloop").glob("events.out.tfevents*")
+    logged = accumulator.EventAccumulator(str(events))
+    logged.Reload()
+    losses = [(event.step, event.value) for event in logged.Scalars("loss")]
+    expected = [(step["step"], pytest.approx(step["loss"], rel=1e-6)) for step in read_steps(tmp_path / "run")]
+    assert losses == expected
+    assert [event.step for event in logged.Scalars("eval_loss")] == [3]
