@@ -2,6 +2,8 @@
 # PYTHON names the interpreter that .venv is made with: make install PYTHON=python3.13
 
 PYTHON ?= python3
+# Processes that share the tests out, a file at a time.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -26,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
