@@ -73,7 +73,9 @@ def document(draw: WideDraw, example: Example) -> str:
 
 
 def to_order(draw: WideDraw, example: Example) -> str:
-    head = pick(draw.rng, ("Task: {0}\n\n", "Please do this. {0}\n\n", "Order: {0}\nResult:\n"))
+    # Some at the start of a line, whose first word is another token than the same word after a space.
+    heads = ("Task: {0}\n\n", "Please do this. {0}\n\n", "Order: {0}\nResult:\n", "Task:\n{0}\n\n", "{0}\n\n")
+    head = pick(draw.rng, heads)
     return head.format(example.instruction) + example.text
 
 
@@ -100,7 +102,8 @@ def echo(draw: WideDraw, example: Example) -> str:
 
 def errands(draw: WideDraw, example: Example) -> str:
     """Instructions, one a line, of which none has its text."""
-    return "To do:\n" + "\n".join(f"- {draw.example().instruction}" for _ in range(3))
+    bullet = pick(draw.rng, ("- ", ""))
+    return "To do:\n" + "\n".join(f"{bullet}{draw.example().instruction}" for _ in range(3))
 
 
 TASKS = {document: 0.1, to_order: 0.2, questions: 0.4, repeat: 0.15, echo: 0.1, errands: 0.05}

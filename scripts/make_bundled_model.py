@@ -1,14 +1,18 @@
-"""Makes the bundled tokenizer and base model: `python scripts/make_bundled_model.py [WORK_DIRECTORY]`.
+"""Makes the bundled tokenizer and base model with packloop's own loop, into `packloop/bundled/model`.
 
-Trains a byte-level BPE tokenizer and, from random weights, a small Llama with packloop's own loop as
-`recipes/bundled-base.yaml` says, and writes both into `packloop/bundled/model`.
+    python scripts/make_bundled_model.py                                  from random weights; minutes on a GPU
+    python scripts/make_bundled_model.py --start packloop/bundled/model --rows 6000 \\
+        train.num_train_epochs=1 train.per_device_train_batch_size=12 train.learning_rate=1e-3
+
+The settings are those of `recipes/bundled-base.yaml`, and whatever SECTION.KEY=VALUE arguments replace. With `--start`
+the tokenizer stays as it is and training goes on from a model's weights, on text drawn with another seed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +20,7 @@ import torch
 from make_bundled_base_text import ENTITY_WORDS, base_rows
 from make_bundled_data import bundled_examples
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from packloop.config import load_config
 from packloop.data.prompts import get_template
@@ -85,18 +89,24 @@ def write_start(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def main(work: Path) -> None:
+def main(arguments: argparse.Namespace) -> None:
+    config = load_config(ROOT / "recipes" / "bundled-base.yaml", arguments.overrides)
+    work = Path(config.train.output_dir).parent
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
-    tokenizer = make_tokenizer()
-    write_start(work / "start", tokenizer)
+    if arguments.start:
+        shutil.copytree(arguments.start, work / "start")
+        tokenizer = AutoTokenizer.from_pretrained(arguments.start)
+    else:
+        tokenizer = make_tokenizer()
+        write_start(work / "start", tokenizer)
     held_out = {example.combination for example in bundled_examples()[1]}
     with (work / "text.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-        for row in base_rows(NUM_ROWS, SEED, held_out):
+        for row in base_rows(arguments.rows, SEED + bool(arguments.start), held_out):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     start = time.perf_counter()
-    train(load_config(ROOT / "recipes" / "bundled-base.yaml"))
+    train(config)
     print(f"trained in {(time.perf_counter() - start) / 60:.1f} minutes")
     # bfloat16: NF4 rounds the linear layers far more coarsely, and two bytes a weight are small to carry.
     model = LlamaForCausalLM.from_pretrained(work / "run", dtype=torch.bfloat16)
@@ -105,4 +115,8 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs" / "bundled-base")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", type=Path, help="go on from this model instead of random weights")
+    parser.add_argument("--rows", type=int, default=NUM_ROWS, help="texts to train on")
+    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
+    main(parser.parse_args())
