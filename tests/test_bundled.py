@@ -124,6 +124,11 @@ class TestModel:
     def test_size(self):
         assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= 8_000_000
 
+    def test_card_is_the_scripts(self, grammar):
+        from make_bundled_model import CARD
+
+        assert (MODEL / "README.md").read_text(encoding="utf-8") == CARD
+
     def test_parameters(self):
         from transformers import AutoModelForCausalLM
 
