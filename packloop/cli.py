@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -57,10 +58,13 @@ def train(
     from packloop.engine.loop import train as run
 
     result = run(run_config, resume=resume)
+    is_first = int(os.environ.get("RANK", "0")) == 0
     if result.stopped_by is not None:
-        typer.echo(f"stopped at step {result.state.step}; continue with: packloop train {config} --resume latest")
+        again = shlex.join(["packloop", "train", str(config), *(overrides or ()), "--resume", "latest"])
+        if is_first:
+            typer.echo(f"stopped at step {result.state.step}; continue with: {again}")
         raise typer.Exit(128 + result.stopped_by)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first:
         typer.echo(f"finished: {result.state.step} steps, {result.state.real_tokens:,} tokens, in {result.run_dir}")
 
 
@@ -112,7 +116,7 @@ def generate(
     text: Annotated[str | None, typer.Option(help="One text to write the response for.")] = None,
     file: Annotated[Path | None, typer.Option(help="json, jsonl, csv or parquet file of texts.")] = None,
     field: Annotated[str | None, typer.Option(help="Column of --file; default: the template's own.")] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="This many held-out rows of the run's data.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Rows held out by the run, else of its training.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write {instruction, response} rows to this .jsonl file.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time, no sampling.")] = False,
     temperature: Annotated[float, typer.Option(min=0.01)] = 0.9,

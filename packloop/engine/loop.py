@@ -216,7 +216,7 @@ def train(
             if _due(config.checkpoint.every, state, loader) or stopped or last:
                 _save(run_dir, config, model, optimizer, state, accelerator)
             clock.restart()  # evaluation and saving are not part of the next step
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and state.step == num_steps:  # a run that was stopped leaves a checkpoint
         write_final_weights(run_dir, model)
         with disk_errors(run_dir):
             write_adapter_card(run_dir, config)
