@@ -52,6 +52,8 @@ from packloop.kernels.patch import patched
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "demo.yaml"
 ROWS_SHOWN = 4
+# For the reader to try; of the kind that the bundled data hold, and not in them.
+TEXT = "We are excited to share some news: from May, Maple Bakery will offer home delivery!"
 # The longest instruction of the bundled data has fewer tokens.
 MAX_NEW_TOKENS = 48
 GENERATION_BATCH = 60
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
     print_summary(base, tuned, len(held_out.rows), seconds)
     print(f"\nThe run is in {run_dir}, the merged model in {merged_dir}. A text of your own:")
     command = Path(sys.executable).with_name("packloop")
-    print(f"  {_shown(command)} generate {run_dir} --greedy --text 'Hi Nadia, the boiler in flat 4 is cold again.'")
+    print(f"  {_shown(command)} generate {run_dir} --greedy --text '{TEXT}'")
     for fault in faults:
         print(f"demo failed: {fault}", file=sys.stderr)
     return 1 if faults else 0
