@@ -223,13 +223,17 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """
 
     def rates(turn: str) -> list[float]:
-        return [row["real_tokens_per_s"] for row in rows if row["turn"] == turn and "real_tokens_per_s" in row]
+        return [
+            row["real_tokens_per_s"]["median"] for row in rows if row["turn"] == turn and "real_tokens_per_s" in row
+        ]
 
     ours, theirs = rates("A"), rates("B")
     if not ours or not theirs:
         return {"ratio": None}
     mean = sum(theirs) / len(theirs)
-    extras = {row["turn"]: row["real_tokens_per_s"] / mean for row in rows if row["turn"].startswith("ours, ")}
+    extras = {
+        row["turn"]: row["real_tokens_per_s"]["median"] / mean for row in rows if row["turn"].startswith("ours, ")
+    }
     return {
         "ratio": sum(ours) / len(ours) / mean,
         "ratio_range": [min(ours) / max(theirs), max(ours) / min(theirs)],
@@ -245,9 +249,10 @@ def describe(row: dict[str, Any]) -> str:
             return f"{head}{why}: {row[why]}"
     if row.get("out_of_memory"):
         return f"{head}out of memory: {row['reason']}"
-    low, high = row["real_tokens_per_s_range"]
+    rate = row["real_tokens_per_s"]
     settings = row["settings"]
-    shown = f"{row['real_tokens_per_s']:>9,.0f} real tokens/s ({low:,.0f} to {high:,.0f}), {row['step_ms']:,.0f} ms"
+    shown = f"{rate['median']:>9,.0f} real tokens/s ({rate['min']:,.0f} to {rate['max']:,.0f})"
+    shown += f", {row['step_ms']['median']:,.0f} ms"
     shown += f", batch {settings['batch']}, {settings['packing']}"
     if "peak_counted_gib" in row:
         shown += f", {row['peak_counted_gib']:.1f} GiB"

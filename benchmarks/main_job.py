@@ -59,7 +59,7 @@ def main() -> None:
     base, run, resumed, merged = (work / name for name in ("base", "run", "resumed", "merged"))
     phases = Phases()
     phases.python(
-        "checkpoint", ROOT / "benchmarks" / "synthetic.py", arguments.shape, base, "--tokenizer", arguments.tokenizer
+        "checkpoint", "-m", "benchmarks.peers.shapes", arguments.shape, base, "--tokenizer", arguments.tokenizer
     )
     overrides = [
         f"model.name_or_path={base}",
@@ -102,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="directory of the Llama 2 tokenizer")
     parser.add_argument("--data", required=True, help="rows with the columns instruction and output")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures")
-    parser.add_argument("--shape", default="llama2-7b", help="a shape that benchmarks/synthetic.py knows")
+    parser.add_argument("--shape", default="llama2-7b", help="a shape that packloop/bench/synthetic.py knows")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="a further setting")
     parser.add_argument("--commit", help="commit to name in the result where this is no git repository")
     arguments = parser.parse_args()

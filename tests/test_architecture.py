@@ -19,13 +19,15 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "dataset
 
 # What each part may import of the package, beside itself.
 ALLOWED_PARTS = {
-    "cli": {"errors", "config", "engine", "data"},
+    "cli": {"errors", "config", "engine", "data", "bench"},
     "config": {"errors", "config_faults", "data.prompts"},
     "config_faults": set(),
     "errors": set(),
     "data": {"errors", "config"},
     "kernels": set(),
-    "engine": {"errors", "config", "data", "kernels", "__version__"},
+    "engine": {"errors", "config", "data", "kernels", "gpus", "__version__"},
+    "bench": {"errors", "config", "data", "kernels", "engine", "gpus", "__version__"},
+    "gpus": {"errors"},
 }
 # What the kernels may import from elsewhere: these, and in the files named, these too.
 KERNEL_PACKAGES = {"torch", "triton", "flash_attn"}

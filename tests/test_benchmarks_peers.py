@@ -15,9 +15,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # benchmarks is not part of the installed package
 
 from benchmarks import against_peers  # noqa: E402
-from benchmarks.floor import Floor, groups_of  # noqa: E402
 from benchmarks.peers import measure, ours, rows, settings  # noqa: E402
 from benchmarks.peers.shapes import shape_config  # noqa: E402
+from packloop.bench.floor import Floor, groups_of  # noqa: E402
+from packloop.bench.steps import lap_figures  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,9 @@ def test_laps_of_a_trainer_count_what_it_trains_on(tmp_path):
     trainer.train()
     assert [(lap.real_tokens, lap.slot_tokens, lap.label_tokens) for lap in meter.laps] == [(20, 32, 16)] * 2
     assert all(lap.ms > 0 and lap.loss > 0 for lap in meter.laps)
-    row = measure.laps_row(meter.laps, warmup=1)
+    row = lap_figures(meter.laps, warmup=1)
     assert row["timed_steps"] == 1
-    assert row["real_tokens_per_s"] == pytest.approx(20 / meter.laps[1].ms * 1e3)
+    assert row["real_tokens_per_s"]["median"] == pytest.approx(20 / meter.laps[1].ms * 1e3)
 
 
 def test_a_batch_without_mask_is_all_real_tokens():
@@ -115,8 +116,8 @@ def test_ours_runs_with_its_floor(places):
     row = ours.train(_ours(places, "--warmup", "1", "--steps", "2", "--floor"))
     assert len(row["losses"]) == 3
     assert row["losses"][0] == pytest.approx(torch.tensor(300.0).log().item(), abs=0.3)
-    assert row["real_tokens_per_s"] <= row["slot_tokens_per_s"]
-    assert row["fraction_of_floor"] == pytest.approx(row["floor_ms"] / row["step_ms"])
+    assert row["real_tokens_per_s"]["median"] <= row["slot_tokens_per_s"]["median"]
+    assert row["fraction_of_floor"] == pytest.approx(row["floor_ms"] / row["step_ms"]["median"])
     assert row["chosen"]["recompute_layers"] == 0
     json.dumps(row)
 
@@ -140,7 +141,7 @@ def test_driver_writes_rows_and_says_what_could_not_run(places, tmp_path):
     result = json.loads(output.read_text())
     mine, theirs = result["rows"]
     assert mine["who"] == "packloop", mine
-    assert mine["real_tokens_per_s"] > 0, mine
+    assert mine["real_tokens_per_s"]["median"] > 0, mine
     assert mine["settings"]["targets"] == "all-linear"
     assert "GPU" in theirs["skipped"]
     assert result["ratio"] is None
@@ -148,7 +149,7 @@ def test_driver_writes_rows_and_says_what_could_not_run(places, tmp_path):
 
 def test_ratios_are_of_the_turns_means():
     figures = [("A", 120.0), ("B", 100.0), ("B", 80.0), ("A", 96.0), ("ours, eager", 45.0)]
-    found = against_peers.ratios([{"turn": turn, "real_tokens_per_s": rate} for turn, rate in figures])
+    found = against_peers.ratios([{"turn": turn, "real_tokens_per_s": {"median": rate}} for turn, rate in figures])
     assert found["ratio"] == pytest.approx(108 / 90)
     assert found["ratio_range"] == pytest.approx([96 / 100, 120 / 80])
     assert found["extra_ratios"] == {"ours, eager": pytest.approx(0.5)}

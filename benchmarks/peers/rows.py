@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.peers.settings import COLUMNS
 from packloop.config import DataConfig
-from packloop.data.loader import Batch, PackLoader, build_data
+from packloop.data.loader import build_data
 
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
@@ -29,46 +29,6 @@ def documents(source: str, tokenizer: PreTrainedTokenizerBase, packing: str, len
     """Token ids of every document, BOS and EOS included."""
     train = build_data(data_config(source, packing, length), tokenizer, seed=0).train
     return [part.tolist() for part in np.split(train.token_ids, train.offsets[1:-1])]
-
-
-class Windows:
-    """packloop's own loader, of which only whole windows are handed out."""
-
-    def __init__(
-        self,
-        source: str,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        packing: str,
-        length: int,
-        batch: int,
-        accumulation: int,
-        seed: int,
-    ):
-        self._batch, self._accumulation = batch, accumulation
-        self.loader = PackLoader(
-            build_data(data_config(source, packing, length), tokenizer, seed=0).train,
-            packing=packing,
-            max_length=length,
-            per_device_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            rank=0,
-            world_size=1,
-            seed=seed,
-            shuffle=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        if self.loader.num_packs < batch * accumulation:
-            raise ValueError(
-                f"{self.loader.num_packs} packs make no window of {batch} x {accumulation}; give more rows"
-            )
-
-    def next(self) -> list[Batch]:
-        """The micro-batches of the next step for which the epoch has enough packs left."""
-        micros = self.loader.next_window()
-        while len(micros) < self._accumulation or micros[-1].input_ids.shape[0] < self._batch:
-            micros = self.loader.next_window()
-        return micros
 
 
 def enough_documents(once: list[list[int]], *, num_packs: int, length: int, seed: int) -> list[list[int]]:

@@ -7,27 +7,17 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, LlamaConfig
 
-from benchmarks import synthetic
+from packloop.bench import synthetic
 
-# Small enough for a CPU: to try the chain of processes, never to measure. Its vocabulary is its tokenizer's.
+# Its vocabulary is its tokenizer's.
 TINY = "tiny"
-_TINY_SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
-SHAPES = (*synthetic.SHAPES, TINY)
+SHAPES = tuple(synthetic.SHAPES)
 
 
 def shape_config(shape: str, tokenizer: str) -> LlamaConfig:
     """The configuration of a named shape; tokenizer: a directory."""
-    if shape == TINY:
-        synthetic.SHAPES[TINY] = {"vocab_size": len(AutoTokenizer.from_pretrained(tokenizer)), **_TINY_SIZES}
-    return synthetic.shape_config(shape)
+    vocab_size = len(AutoTokenizer.from_pretrained(tokenizer)) if shape == TINY else None
+    return synthetic.shape_config(shape, vocab_size)
 
 
 def main() -> None:
@@ -36,8 +26,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tokenizer", required=True, help="directory of the tokenizer to save beside the weights")
     arguments = parser.parse_args()
-    shape_config(arguments.shape, arguments.tokenizer)
-    synthetic.save_random_checkpoint(arguments.shape, arguments.output, arguments.tokenizer)
+    config = shape_config(arguments.shape, arguments.tokenizer)
+    synthetic.save_random_checkpoint(config, arguments.output, arguments.tokenizer)
 
 
 if __name__ == "__main__":

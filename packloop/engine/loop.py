@@ -143,7 +143,7 @@ def train(
     run_dir = Path(config.train.output_dir)
     check_output_dir(run_dir, resume=resume)
     check_trackers(config.log.trackers)
-    _set_numerics(config)
+    set_numerics(config)
     accelerator = Accelerator(
         mixed_precision="no",
         # Without being told so, accelerate takes torchrun's processes on a machine without GPU for runs of their own.
@@ -162,8 +162,8 @@ def train(
     set_seed(config.train.seed)  # every rank draws the same adapter
     model = load_model(config.model, config.lora, accelerator.device)
     flat = FlatParameters(model)
-    optimizer = _make_optimizer(config, flat)
-    loader = _make_loader(config, data, tokenizer.pad_token_id, accelerator)
+    optimizer = make_optimizer(config, flat)
+    loader = make_loader(config, data, tokenizer.pad_token_id, accelerator)
     config = resolve_auto(config, model, loader, accelerator, paged_bytes=optimizer.paged_bytes)
     num_steps = config.train.max_steps or math.ceil(config.train.num_train_epochs * loader.steps_per_epoch)
     set_seed(config.train.seed, device_specific=True)  # every rank draws its own dropout
@@ -226,7 +226,8 @@ def train(
     return TrainResult(run_dir=run_dir, state=state, stopped_by=(stop.signal or signal.SIGTERM) if stopped else None)
 
 
-def _set_numerics(config: RunConfig) -> None:
+def set_numerics(config: RunConfig) -> None:
+    """Sets torch's precision, determinism and allocator as `config` asks, best before anything is on a GPU."""
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
@@ -235,7 +236,8 @@ def _set_numerics(config: RunConfig) -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def _make_optimizer(config: RunConfig, flat: FlatParameters) -> AdamW:
+def make_optimizer(config: RunConfig, flat: FlatParameters) -> AdamW:
+    """The optimizer of `config.train` over the flat parameters."""
     return AdamW(
         flat,
         name=config.train.optim,
@@ -245,7 +247,8 @@ def _make_optimizer(config: RunConfig, flat: FlatParameters) -> AdamW:
     )
 
 
-def _make_loader(config: RunConfig, data: TrainingData, pad_token_id: int, accelerator: Accelerator) -> PackLoader:
+def make_loader(config: RunConfig, data: TrainingData, pad_token_id: int, accelerator: Accelerator) -> PackLoader:
+    """This rank's packs of the training documents, at the first epoch's start."""
     return PackLoader(
         data.train,
         packing=config.data.packing,

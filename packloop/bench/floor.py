@@ -1,7 +1,5 @@
 """The floor of a training step: its matrix products without recomputation and its attention, each as fast as it goes.
 
-python -m benchmarks.floor llama2-7b --tokenizer DIR --data FILE --batch 8
-
 In it, for every micro-batch: forward and input gradient of the seven linear layers of each decoder layer and of the
 head, in the fastest of the layouts tried, on random-normal bf16 inputs; and the fastest attention, forward and
 backward, on the micro-batch's own `cu_seqlens`. The head takes the rows that have a label. The first layer's q, k and
@@ -11,21 +9,18 @@ frozen), dequantisation, adapters, norms, activations, loss and optimizer.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from benchmarks.peers.rows import Windows, load_tokenizer
-from benchmarks.peers.shapes import SHAPES, shape_config
+from packloop.bench.steps import Lap
 from packloop.data.loader import Batch
-from packloop.engine.batch import to_device
 from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend
 
 # Repeats of one product, after two to warm up, when layouts are compared.
@@ -225,47 +220,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--tokenizer", required=True, help="directory")
-    parser.add_argument("--data", required=True, help="JSON rows with the fields instruction and output")
-    parser.add_argument("--batch", type=int, default=8, help="packs a micro-batch")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step")
-    parser.add_argument("--length", type=int, default=2048, help="tokens a pack")
-    parser.add_argument("--steps", type=int, default=10)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    windows = Windows(
-        arguments.data,
-        load_tokenizer(arguments.tokenizer),
-        packing="bfd",
-        length=arguments.length,
-        batch=arguments.batch,
-        accumulation=arguments.accumulation,
-        seed=0,
-    )
-    laps, rates = [], []
-    floor = None
-    for _ in range(arguments.steps):
-        micros = windows.next()
-        config = shape_config(arguments.shape, arguments.tokenizer)
-        floor = floor or Floor.of(config, micros, device)
-        laps.append(floor.step_ms([to_device(micro, device)[2] for micro in micros]))
-        rates.append(sum(micro.num_real_tokens for micro in micros) / laps[-1] * 1e3)
-    print(
-        json.dumps(
-            {
-                "shape": arguments.shape,
-                "floor_ms": statistics.median(laps),
-                "floor_ms_range": [min(laps), max(laps)],
-                "floor_real_tokens_per_s": statistics.median(rates),
-                **floor.report(),
-            },
-            indent=1,
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+def floor_figures(laps: list[Lap], floors_ms: list[float], floor: Floor, warmup: int) -> dict[str, Any]:
+    """How much of a step is floor, from medians after `warmup`, and what the floor consists of."""
+    step_ms = statistics.median(lap.ms for lap in laps[warmup:])
+    floor_ms = statistics.median(floors_ms[warmup:])
+    tokens = statistics.mean(lap.real_tokens for lap in laps[warmup:])
+    return {
+        "fraction_of_floor": floor_ms / step_ms,
+        "floor_ms": floor_ms,
+        "floor_ms_all": [round(ms, 3) for ms in floors_ms],
+        "floor_real_tokens_per_s": tokens / floor_ms * 1e3,
+        "floor": floor.report(),
+    }

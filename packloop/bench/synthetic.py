@@ -1,18 +1,16 @@
-"""Models of a named shape with random weights, made in memory or saved as a checkpoint: no download.
-
-python benchmarks/synthetic.py llama2-7b OUTPUT --tokenizer DIR     a checkpoint that from_pretrained loads
-"""
+"""Models of a named shape with random weights, made in memory or saved as a checkpoint: no download."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from packloop.errors import InputError
 
 SHAPES = {
     "llama2-7b": {
@@ -46,26 +44,41 @@ SHAPES = {
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
     },
-    # For checking a benchmark's script on a CPU.
+    # For trying a benchmark on a CPU, never for measuring.
     "tiny": {
         "vocab_size": 32000,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     },
 }
 WEIGHT_STD = 0.02
 
 
-def shape_config(shape: str) -> LlamaConfig:
-    """The configuration of a named shape. ValueError for an unknown one."""
-    if shape not in SHAPES:
-        raise ValueError(f"shape {shape!r}; known: {', '.join(SHAPES)}")
-    return LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, use_cache=False)
+def shape_config(shape: str, vocab_size: int | None = None) -> LlamaConfig:
+    """The configuration of a named shape, or of the model in a directory. InputError for anything else.
+
+    vocab_size: instead of the shape's own.
+    """
+    if shape in SHAPES:
+        config = LlamaConfig(
+            **SHAPES[shape], tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, use_cache=False
+        )
+    elif (Path(shape) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(shape)
+        if not isinstance(config, LlamaConfig):
+            raise InputError(f"model shape {shape!r} is a {config.model_type}; a llama is needed")
+    else:
+        raise InputError(
+            f"model shape {shape!r} is neither {', '.join(SHAPES)} nor a directory with a model's config.json"
+        )
+    if vocab_size is not None:
+        config.vocab_size = vocab_size
+    return config
 
 
 def random_model(config: LlamaConfig, *, quantization: str, device: torch.device, seed: int = 0) -> LlamaForCausalLM:
@@ -112,9 +125,8 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def save_random_checkpoint(shape: str, output: Path, tokenizer: str, seed: int = 0) -> None:
+def save_random_checkpoint(config: LlamaConfig, output: Path, tokenizer: str, seed: int = 0) -> None:
     """Writes bf16 safetensors shards, one a layer, with configuration and tokenizer."""
-    config = shape_config(shape)
     config.dtype = torch.bfloat16
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
@@ -137,12 +149,3 @@ def save_random_checkpoint(shape: str, output: Path, tokenizer: str, seed: int =
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(output)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(output)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--tokenizer", required=True, help="directory or Hub name of the tokenizer to save beside it")
-    arguments = parser.parse_args()
-    save_random_checkpoint(arguments.shape, arguments.output, arguments.tokenizer)
