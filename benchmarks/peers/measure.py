@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from packloop.bench.steps import Lap, LapTimer, cap_memory, lap_figures, process_seconds, reset_peak
+from packloop.bench.steps import (
+    Lap,
+    LapTimer,
+    cap_memory,
+    lap_figures,
+    memory_figures,
+    process_seconds,
+    reset_peak,
+)
 from packloop.errors import OutOfMemoryError
 
 # bitsandbytes' paged optimizers leave the state of smaller tensors in plain memory.
