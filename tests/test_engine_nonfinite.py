@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from packloop.config import RunConfig
 from packloop.data.loader import PackLoader, build_data
+from packloop.engine.batch import Windows
 from packloop.engine.loop import NonFiniteError, train, train_step
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.optim import AdamW, FlatParameters
@@ -95,14 +96,14 @@ def test_row27_a_gradient_that_is_not_finite_is_not_stepped(poisoned_rows, tmp_p
         shuffle=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    accelerator = Accelerator(cpu=True)
+    accelerator, windows = Accelerator(cpu=True), Windows(loader, torch.device("cpu"))
     with patched(model, attention="sdpa") as llama:
         for _ in range(2):
             train_step(
                 llama,
                 flat,
                 optimizer,
-                loader.next_window(),
+                windows.take(),
                 accelerator=accelerator,
                 learning_rate=0.0,  # or lora_B would move, and with this lora_A the loss would overflow too
                 max_grad_norm=1.0,
@@ -113,7 +114,7 @@ def test_row27_a_gradient_that_is_not_finite_is_not_stepped(poisoned_rows, tmp_p
                 llama,
                 flat,
                 optimizer,
-                loader.next_window(),
+                windows.take(),
                 accelerator=accelerator,
                 learning_rate=1.0,
                 max_grad_norm=1.0,

@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 
 from packloop.data.loader import PackLoader, build_data
 from packloop.data.tokenize import Documents
+from packloop.engine.batch import Windows
 from packloop.engine.loop import train, train_step
 from packloop.engine.model import load_tokenizer
 from packloop.engine.optim import AdamW, FlatParameters
@@ -142,7 +143,7 @@ def float64_gradient(base, documents: Documents, batch_size: int, *, fused: bool
             llama,
             flat,
             AdamW(flat, name="adamw_32bit", betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
-            loader.next_window(),
+            Windows(loader, torch.device("cpu")).take(),
             accelerator=Accelerator(cpu=True),
             learning_rate=0.0,
             max_grad_norm=1e9,

@@ -19,7 +19,6 @@ from packloop.bench.floor import Floor, floor_figures
 from packloop.bench.synthetic import random_model
 from packloop.config import KernelsConfig, LoraConfig, RunConfig, TrainConfig
 from packloop.data.loader import build_data
-from packloop.engine.batch import to_device
 from packloop.engine.loop import set_numerics
 
 
@@ -73,7 +72,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             micros = first if number == 0 else job.next_window()
             laps.append(step(micros))
             if floor is not None:
-                floors_ms.append(floor.step_ms([to_device(micro, device)[2] for micro in micros]))
+                floors_ms.append(floor.step_ms([micro.layout for micro in micros]))
     row = steps.lap_figures(laps, arguments.warmup)
     memory = steps.memory_figures(job.optimizer.paged_bytes) or {}
     fraction = {} if floor is None else floor_figures(laps, floors_ms, floor, arguments.warmup)

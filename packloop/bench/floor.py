@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from packloop.bench.steps import Lap
-from packloop.data.loader import Batch
+from packloop.engine.batch import Micro
 from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend
 
 # Repeats of one product, after two to warm up, when layouts are compared.
@@ -80,9 +80,11 @@ class Floor:
             torch.cuda.empty_cache()  # of the layouts that lost
 
     @classmethod
-    def of(cls, config: LlamaConfig, micros: list[Batch], device: torch.device) -> Floor:
+    def of(cls, config: LlamaConfig, micros: list[Micro], device: torch.device) -> Floor:
         """For steps like this one; their micro-batches are all of one size."""
-        return cls(config, num_slots=micros[0].num_slots, num_labels=micros[0].num_label_tokens, device=device)
+        return cls(
+            config, num_slots=micros[0].batch.num_slots, num_labels=micros[0].batch.num_label_tokens, device=device
+        )
 
     def step_ms(self, layouts: list[DocumentLayout]) -> float:
         """Wall time of all products and attention of one optimizer step, whose micro-batches have these layouts."""

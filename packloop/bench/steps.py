@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from transformers import LlamaForCausalLM
 
 from packloop.config import RunConfig
-from packloop.data.loader import Batch, TrainingData
+from packloop.data.loader import Batch, PackLoader, TrainingData
+from packloop.engine.batch import Micro, Windows
 from packloop.engine.loop import make_loader, make_optimizer, set_numerics, train_step
 from packloop.engine.model import attach_adapter
 from packloop.engine.optim import FlatParameters
@@ -59,6 +60,22 @@ class LapTimer:
         return (time.perf_counter() - self._begun) * 1e3
 
 
+class _WholeWindows:
+    """A loader's windows without those at an epoch's end that are short: all steps are of one size."""
+
+    def __init__(self, loader: PackLoader, batch: int, accumulation: int):
+        self._loader, self._batch, self._accumulation = loader, batch, accumulation
+
+    def next_window(self) -> list[Batch]:
+        while True:
+            micros = self._loader.next_window()
+            if len(micros) == self._accumulation and micros[-1].input_ids.shape[0] == self._batch:
+                return micros
+
+    def state(self) -> dict[str, int]:
+        return self._loader.state()
+
+
 class Job:
     """A frozen base with a fresh adapter, its packs and its optimizer, as `train` puts them together.
 
@@ -77,18 +94,15 @@ class Job:
                 f"{self.loader.num_packs} packs make no step of {train.per_device_train_batch_size} x "
                 f"{train.gradient_accumulation_steps}; give more rows or a smaller batch"
             )
+        source = _WholeWindows(self.loader, train.per_device_train_batch_size, train.gradient_accumulation_steps)
+        self._windows = Windows(source, self.accelerator.device)
         self.model = attach_adapter(base, config.lora, base_name="base")
         self.flat = FlatParameters(self.model)
         self.optimizer = make_optimizer(config, self.flat)
 
-    def next_window(self) -> list[Batch]:
-        """The micro-batches of the next step for which the epoch has enough packs left: all steps are of one size."""
-        train = self.config.train
-        while True:
-            micros = self.loader.next_window()
-            is_whole = micros[-1].input_ids.shape[0] == train.per_device_train_batch_size
-            if is_whole and len(micros) == train.gradient_accumulation_steps:
-                return micros
+    def next_window(self) -> list[Micro]:
+        """The micro-batches of the next step, all steps being of one size."""
+        return self._windows.take()
 
     def resolve(self) -> dict[str, Any]:
         """Settles every `auto` of `config`, which is replaced; returns the arguments for `patched`."""
@@ -98,13 +112,13 @@ class Job:
         return patch_options(self.config, self.model)
 
     @contextmanager
-    def stepping(self, options: dict[str, Any] | None = None) -> Iterator[Callable[[list[Batch]], Lap]]:
+    def stepping(self, options: dict[str, Any] | None = None) -> Iterator[Callable[[list[Micro]], Lap]]:
         """Yields a function that trains on one window and returns its lap. options: what `resolve` returned."""
         self.model.train()
         timer = LapTimer()
         with patched(self.model, **(options if options is not None else self.resolve())) as llama:
 
-            def step(micros: list[Batch]) -> Lap:
+            def step(micros: list[Micro]) -> Lap:
                 timer.start()
                 report = train_step(
                     llama,
@@ -114,6 +128,7 @@ class Job:
                     accelerator=self.accelerator,
                     learning_rate=self.config.train.learning_rate,
                     max_grad_norm=self.config.train.max_grad_norm,
+                    meanwhile=self._windows.prepare,
                 )
                 ms = timer.stop()
                 return Lap(ms, report.real_tokens, report.slot_tokens, report.label_tokens, report.loss)

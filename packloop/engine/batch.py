@@ -1,12 +1,63 @@
-"""One micro-batch on its way to the device."""
+"""Micro-batches on their way to the device, a window ahead of the step that uses them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from packloop.data.loader import Batch
 from packloop.kernels.attention import DocumentLayout
+
+
+class WindowSource(Protocol):
+    """What `Windows` draws from; `data.loader.PackLoader` is one."""
+
+    def next_window(self) -> list[Batch]: ...
+
+    def state(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch and what `packed_loss_sum` takes of it, on the device."""
+
+    batch: Batch
+    inputs: tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> Micro:
+        return cls(batch, to_device(batch, device))
+
+    @property
+    def layout(self) -> DocumentLayout:
+        return self.inputs[2]
+
+
+class Windows:
+    """A source's windows on the device, the next one made ready while the device works on the one before.
+
+    position: the source's after the window that `take` last returned, whatever was made ready since.
+    """
+
+    def __init__(self, source: WindowSource, device: torch.device):
+        self._source, self._device = source, device
+        self._ready: list[Micro] | None = None
+        self.position = source.state()
+
+    def take(self) -> list[Micro]:
+        """The micro-batches of the next step."""
+        self.prepare()
+        window, self._ready = self._ready, None
+        self.position = self._source.state()
+        return window
+
+    def prepare(self) -> None:
+        """Fetches the next window unless it is there already: host work and copies, no wait for the device."""
+        if self._ready is None:
+            self._ready = [Micro.of(batch, self._device) for batch in self._source.next_window()]
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]:

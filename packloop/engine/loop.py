@@ -17,9 +17,9 @@ from accelerate.utils import gather_object, set_seed
 from torch import nn
 
 from packloop.config import RunConfig, dump_config
-from packloop.data.loader import Batch, PackLoader, TrainingData, build_data, eval_batches
+from packloop.data.loader import PackLoader, TrainingData, build_data, eval_batches
 from packloop.engine import schedule
-from packloop.engine.batch import to_device
+from packloop.engine.batch import Micro, Windows
 from packloop.engine.checkpoint import (
     Checkpoint,
     capture_rng,
@@ -81,30 +81,32 @@ def train_step(
     llama: nn.Module,
     flat: FlatParameters,
     optimizer: AdamW,
-    micros: list[Batch],
+    micros: list[Micro],
     *,
     accelerator: Accelerator,
     learning_rate: float,
     max_grad_norm: float,
     stop_requested: bool = False,
+    meanwhile: Callable[[], None] | None = None,
 ) -> StepReport:
     """One optimizer step: gradient of the summed loss / labels that count, over all micro-batches and ranks.
 
     Losses are summed, never averaged, and divided once, by the number of counted labels of the whole step, so the
-    gradient does not depend on how the step's packs are split. Mutates weights, moments and the gradient buffer.
-    Raises NonFiniteError, before the optimizer, with the rows of the micro-batches at fault.
+    gradient does not depend on how the step's packs are split. meanwhile: host work done while the device still
+    computes, such as fetching the next step's window. Mutates weights, moments and the gradient buffer. Raises
+    NonFiniteError, before the optimizer, with the rows of the micro-batches at fault.
     """
     flat.zero_gradient()
     losses = []
-    for micro in [(batch, to_device(batch, accelerator.device)) for batch in micros]:
-        loss_sum = packed_loss_sum(llama, *micro[1])
+    for micro in micros:
+        loss_sum = packed_loss_sum(llama, *micro.inputs)
         loss_sum.backward()
         losses.append(loss_sum.detach())
     counts = torch.tensor(
         [
-            sum(batch.num_label_tokens for batch in micros),
-            sum(batch.num_slots for batch in micros),
-            sum(batch.num_real_tokens for batch in micros),
+            sum(micro.batch.num_label_tokens for micro in micros),
+            sum(micro.batch.num_slots for micro in micros),
+            sum(micro.batch.num_real_tokens for micro in micros),
             int(stop_requested),
         ],
         dtype=torch.float64,
@@ -114,6 +116,8 @@ def train_step(
         totals = accelerator.reduce(totals, "sum")
         flat.gradient.copy_(accelerator.reduce(flat.gradient, "sum"))
     sums = torch.cat([totals, flat.gradient.norm().double()[None]])
+    if meanwhile is not None:
+        meanwhile()
     # The step's one host read: nothing is stepped before its gradient is known to be finite.
     loss_sum, labels, slots, real, stop_votes, gradient_norm = sums.tolist()
     grad_norm = gradient_norm / max(labels, 1.0)
@@ -168,6 +172,7 @@ def train(
     num_steps = config.train.max_steps or math.ceil(config.train.num_train_epochs * loader.steps_per_epoch)
     set_seed(config.train.seed, device_specific=True)  # every rank draws its own dropout
     state = _restore(checkpoint, model, optimizer, loader, accelerator) if checkpoint else TrainState()
+    windows = Windows(loader, accelerator.device)
 
     if accelerator.is_main_process:
         if resume:
@@ -195,14 +200,15 @@ def train(
                 llama,
                 flat,
                 optimizer,
-                loader.next_window(),
+                windows.take(),
                 accelerator=accelerator,
                 learning_rate=learning_rate,
                 max_grad_norm=config.train.max_grad_norm,
                 stop_requested=stop.signal is not None,
+                meanwhile=windows.prepare,
             )
             state.advance(
-                position=loader.state(), slots=report.slot_tokens, real=report.real_tokens, labels=report.label_tokens
+                position=windows.position, slots=report.slot_tokens, real=report.real_tokens, labels=report.label_tokens
             )
             values = _step_values(state, report, learning_rate, clock.lap_ms(), accelerator)
             metrics.write(values)
@@ -355,16 +361,16 @@ def _announce(
 
 
 def _non_finite(
-    llama: nn.Module, flat: FlatParameters, losses: list[torch.Tensor], micros: list[Batch], accelerator: Accelerator
+    llama: nn.Module, flat: FlatParameters, losses: list[torch.Tensor], micros: list[Micro], accelerator: Accelerator
 ) -> NonFiniteError:
     """The error that names the rows of the micro-batches at fault, on whichever rank they are."""
     finite = torch.stack(losses).isfinite().tolist()
     if all(finite):  # then it is a gradient: each micro-batch's alone tells whose
-        for index, batch in enumerate(micros):
+        for index, micro in enumerate(micros):
             flat.zero_gradient()
-            packed_loss_sum(llama, *to_device(batch, accelerator.device)).backward()
+            packed_loss_sum(llama, *micro.inputs).backward()
             finite[index] = math.isfinite(flat.gradient.norm().item())
-    rows = {row for ok, batch in zip(finite, micros, strict=True) if not ok for row in batch.row_ids}
+    rows = {row for ok, micro in zip(finite, micros, strict=True) if not ok for row in micro.batch.row_ids}
     where = gather_object([(accelerator.process_index, sorted(rows))])
     named = "; ".join(f"rank {rank}: rows {ids}" for rank, ids in where if ids)
     return NonFiniteError(
