@@ -1,30 +1,91 @@
-"""GPU kernels by what they are for, told from their names; and how much of a time span any of them covers."""
+"""GPU kernels, and a CPU's operators, by what they are for, as far as their names tell; and the classes there are."""
 
 from __future__ import annotations
 
-# Name fragments of GPU kernels -> class, first match wins.
-KERNEL_CLASSES = (
-    ("nf4 dequantisation", ("_nf4_dequantize", "kDequantize")),
-    ("attention", ("flash", "fmha", "attention", "cudnn_generated", "FlashAttn")),
-    ("dropout + lora", ("_project_kernel", "_add_input_gradient", "_weight_gradient_kernel", "_dropout_kernel")),
-    ("rope", ("_rope_kernel",)),
-    ("norm", ("_rms_norm",)),
-    ("activation", ("_swiglu", "silu")),
-    ("optimizer", ("Optimizer", "optimizer", "adam")),
-    ("gemm", ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas", "Kernel2", "splitK")),
-    ("head + loss", ("logsumexp", "softmax", "scatter", "gather", "index")),
-    ("copies", ("Memcpy", "Memset", "copy", "fill", "Fill", "CatArray")),
+ATTENTION = "attention"
+DEQUANTISATION = "NF4 dequantisation"
+BASE_GEMM = "base GEMM"
+LORA = "LoRA"
+NORMS = "norms"
+ROPE = "RoPE"
+ACTIVATION = "activation"
+HEAD = "head + loss"
+OPTIMIZER = "optimizer"
+COPIES = "copies"
+COLLECTIVES = "collectives"
+OTHER = "other"
+# In the order of tables and plots.
+CLASSES = (
+    BASE_GEMM,
+    ATTENTION,
+    DEQUANTISATION,
+    LORA,
+    NORMS,
+    ROPE,
+    ACTIVATION,
+    HEAD,
+    OPTIMIZER,
+    COPIES,
+    COLLECTIVES,
+    OTHER,
+)
+
+# Name fragments that say for sure what a kernel is for, whoever launched it.
+_NAMED = (
+    (DEQUANTISATION, ("_nf4_dequantize", "kDequantize", "bitsandbytes::dequantize")),
+    (COLLECTIVES, ("ncclDevKernel", "ncclKernel", "nccl:", "c10d::", "gloo:")),
+    (ATTENTION, ("document_attention", "flash", "fmha", "cudnn_generated", "cudnn::fusion", "FlashAttn", "scaled_dot_product")),
+    (LORA, ("_project_kernel", "_add_input_gradient", "_weight_gradient_kernel", "_dropout_kernel", "_cast_many")),
+    (ROPE, ("_rope_kernel",)),
+    (NORMS, ("_rms_norm",)),
+    (ACTIVATION, ("_swiglu",)),
+    (HEAD, ("_cross_entropy_kernel",)),
+    (OPTIMIZER, ("kOptimizer", "FusedAdam")),
+)
+# Fragments that say what a kernel does, which is what it is for where nothing tells more.
+_GEMMS = (
+    "gemm",
+    "nvjet",
+    "cutlass",
+    "sm80_xmma",
+    "sm90_xmma",
+    "cublas",
+    "splitK",
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::matmul",
+    "aten::linear",
+    "mkldnn",
+)
+_LIKELY = (
+    (BASE_GEMM, _GEMMS),
+    (ATTENTION, ("attention",)),
+    (ACTIVATION, ("silu", "sigmoid")),
+    (OPTIMIZER, ("multi_tensor_apply",)),
+    (HEAD, ("logsumexp", "oftmax", "aten::scatter", "aten::gather", "scatter_gather", "index_select", "indexSelect")),
+    (
+        COPIES,
+        ("Memcpy", "Memset", "copy", "aten::to", "fill", "Fill", "CatArray", "aten::cat", "aten::clone", "aten::zero"),
+    ),
 )
 
 
-def classify(name: str) -> str:
-    return next((label for label, parts in KERNEL_CLASSES if any(part in name for part in parts)), "other elementwise")
+def _first_match(name: str, table: tuple[tuple[str, tuple[str, ...]], ...]) -> str | None:
+    return next((label for label, parts in table if any(part in name for part in parts)), None)
 
 
-def union_ms(spans: list[tuple[float, float]]) -> float:
-    """Milliseconds covered by any of the spans, which are in microseconds."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total / 1e3
+def named_class(name: str) -> str | None:
+    """The class of a kernel that is written for one purpose; None for one that serves several, such as a GEMM."""
+    return _first_match(name, _NAMED)
+
+
+def is_gemm(name: str) -> bool:
+    """Whether the kernel or operator is a matrix product (attention's own kernels are not counted)."""
+    return named_class(name) is None and any(part in name for part in _GEMMS)
+
+
+def likely_class(name: str) -> str:
+    """The class of a kernel by its name alone; every GEMM is taken for one with base weights, the unknown is other."""
+    return named_class(name) or _first_match(name, _LIKELY) or OTHER

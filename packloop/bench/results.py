@@ -82,8 +82,12 @@ class Floor(Record):
 
 
 class Profile(Record):
-    """GPU milliseconds of one step by class of kernel; idle: the step's time in which no kernel ran."""
+    """GPU milliseconds of one step by class of kernel; idle: the step's time in which no kernel ran.
 
+    device: whose work it is; on a CPU the classes are of operators, and idle is time outside of them.
+    """
+
+    device: Literal["gpu", "cpu"] = "gpu"
     step_ms: float
     busy_ms: float
     idle_share: float
