@@ -34,7 +34,10 @@ CLASSES = (
 _NAMED = (
     (DEQUANTISATION, ("_nf4_dequantize", "kDequantize", "bitsandbytes::dequantize")),
     (COLLECTIVES, ("ncclDevKernel", "ncclKernel", "nccl:", "c10d::", "gloo:")),
-    (ATTENTION, ("document_attention", "flash", "fmha", "cudnn_generated", "cudnn::fusion", "FlashAttn", "scaled_dot_product")),
+    (
+        ATTENTION,
+        ("document_attention", "flash", "fmha", "cudnn_generated", "cudnn::fusion", "FlashAttn", "scaled_dot_product"),
+    ),
     (LORA, ("_project_kernel", "_add_input_gradient", "_weight_gradient_kernel", "_dropout_kernel", "_cast_many")),
     (ROPE, ("_rope_kernel",)),
     (NORMS, ("_rms_norm",)),
