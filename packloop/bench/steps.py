@@ -21,7 +21,7 @@ from packloop.engine.batch import Micro, Windows
 from packloop.engine.loop import make_loader, make_optimizer, set_numerics, train_step
 from packloop.engine.model import attach_adapter
 from packloop.engine.optim import FlatParameters
-from packloop.engine.plan import patch_options, resolve_auto
+from packloop.engine.plan import layout_preparation, patch_options, resolve_auto
 from packloop.errors import InputError
 from packloop.kernels.patch import patched
 
@@ -116,7 +116,9 @@ class Job:
         """Yields a function that trains on one window and returns its lap. options: what `resolve` returned."""
         self.model.train()
         timer = LapTimer()
-        with patched(self.model, **(options if options is not None else self.resolve())) as llama:
+        options = self.resolve() if options is None else options
+        self._windows.prepare_layout = layout_preparation(self.config)
+        with patched(self.model, **options) as llama:
 
             def step(micros: list[Micro]) -> Lap:
                 timer.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,11 +40,18 @@ class Micro:
 class Windows:
     """A source's windows on the device, the next one made ready while the device works on the one before.
 
+    prepare_layout: called with each micro-batch's layout, so that what attention needs of it is made ahead too.
     position: the source's after the window that `take` last returned, whatever was made ready since.
     """
 
-    def __init__(self, source: WindowSource, device: torch.device):
+    def __init__(
+        self,
+        source: WindowSource,
+        device: torch.device,
+        prepare_layout: Callable[[DocumentLayout], None] = lambda layout: None,
+    ):
         self._source, self._device = source, device
+        self.prepare_layout = prepare_layout
         self._ready: list[Micro] | None = None
         self.position = source.state()
 
@@ -58,6 +66,8 @@ class Windows:
         """Fetches the next window unless it is there already: host work and copies, no wait for the device."""
         if self._ready is None:
             self._ready = [Micro.of(batch, self._device) for batch in self._source.next_window()]
+            for micro in self._ready:
+                self.prepare_layout(micro.layout)
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]:

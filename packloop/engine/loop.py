@@ -35,7 +35,7 @@ from packloop.engine.metrics import MetricsFile, StepClock, StepConsole, peak_gi
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.model_card import write_adapter_card
 from packloop.engine.optim import AdamW, FlatParameters
-from packloop.engine.plan import patch_options, resolve_auto
+from packloop.engine.plan import layout_preparation, patch_options, resolve_auto
 from packloop.engine.run_dir import (
     check_output_dir,
     config_for_resume,
@@ -172,7 +172,7 @@ def train(
     num_steps = config.train.max_steps or math.ceil(config.train.num_train_epochs * loader.steps_per_epoch)
     set_seed(config.train.seed, device_specific=True)  # every rank draws its own dropout
     state = _restore(checkpoint, model, optimizer, loader, accelerator) if checkpoint else TrainState()
-    windows = Windows(loader, accelerator.device)
+    windows = Windows(loader, accelerator.device, layout_preparation(config))
 
     if accelerator.is_main_process:
         if resume:

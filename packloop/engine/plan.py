@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,7 @@ from packloop.data.loader import PackLoader
 from packloop.engine.batch import to_device
 from packloop.engine.memory import MemoryPlan, plan_memory
 from packloop.errors import ConfigError
-from packloop.kernels.attention import choose_backend
+from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend, prepare_layout
 from packloop.kernels.patch import why_not_fused
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,12 @@ def patch_options(config: RunConfig, model: nn.Module) -> dict:
         "cached_layers": count_layers(config.kernels.dequant_cache, num_layers),
         "keep_inputs_layers": count_layers(config.kernels.keep_inputs, num_layers),
     }
+
+
+def layout_preparation(config: RunConfig) -> Callable[[DocumentLayout], None]:
+    """What a resolved configuration's attention does with a micro-batch's layout ahead of the step."""
+    backend, dtype = load_backend(config.kernels.attention), getattr(torch, config.model.dtype)
+    return lambda layout: prepare_layout(backend, layout, dtype)
 
 
 def count_layers(setting: str | int, num_layers: int) -> int:

@@ -109,6 +109,12 @@ def rotates(backend: Attention) -> bool:
     return getattr(backend, "rotates", False)
 
 
+def prepare_layout(backend: Attention, layout: DocumentLayout, dtype: torch.dtype) -> None:
+    """What the backend can do for a micro-batch before its first layer runs, host work above all."""
+    if prepare := getattr(backend, "prepare", None):
+        prepare(layout, dtype)
+
+
 def load_backend(name: str) -> Attention:
     """The backend of that name. ValueError with the install command where its package is missing."""
     if name in _DIFFERENTIATED:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,14 +86,15 @@ def plan_documents(cu_seqlens_cpu: Tensor, block: int) -> Tensor:
     cu_seqlens_cpu: integers [documents + 1] on the CPU, non-decreasing. The longest documents come first, and of a
     document its last tile, which has the most keys. A document of length 0 has no tile.
     """
-    bounds = cu_seqlens_cpu.to(torch.int64)
-    lengths = bounds.diff()
-    order = lengths.argsort(descending=True, stable=True)
-    tiles_of = (lengths[order] + block - 1) // block
-    document = order.repeat_interleave(tiles_of)
-    ends = tiles_of.cumsum(0)
-    number = ends.repeat_interleave(tiles_of) - 1 - torch.arange(len(document))
-    return torch.stack((bounds[document], bounds[document + 1], number), dim=1).to(torch.int32)
+    # numpy: on a few thousand numbers PyTorch would first wake its threads, which takes milliseconds.
+    bounds = cu_seqlens_cpu.numpy().astype(np.int64)
+    lengths = np.diff(bounds)
+    order = np.argsort(-lengths, kind="stable")
+    tiles_of = -(-lengths[order] // block)
+    document = np.repeat(order, tiles_of)
+    number = np.repeat(np.cumsum(tiles_of), tiles_of) - 1 - np.arange(len(document))
+    plan = np.stack((bounds[document], bounds[document + 1], number), axis=1)
+    return torch.from_numpy(plan.astype(np.int32))
 
 
 def _tiles_of(layout: DocumentLayout, block: int) -> Tensor:
@@ -242,6 +244,13 @@ class DocumentAttention:
 
     def __init__(self, forward: Tiles | None = None, backward: BackwardTiles | None = None):
         self._forward_tiles, self._backward_tiles = forward, backward
+
+    def prepare(self, layout: DocumentLayout, dtype: torch.dtype) -> None:
+        """Lists the layout's tiles and sends them to its device: host work that no layer then waits for."""
+        forward, backward = _default_tiles(dtype, layout.cu_seqlens.device)
+        forward, backward = self._forward_tiles or forward, self._backward_tiles or backward
+        for tiles in (forward, backward.queries, backward.keys, _POINTWISE):
+            _tiles_of(layout, tiles.owned)
 
     def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
         return _Differentiable.apply(q_THD, k_TKD, v_TKD, self, layout, scale)
