@@ -16,7 +16,15 @@ import pytest
 import torch
 
 from packloop.kernels import dropout, nf4, reference, rms_norm, rope, swiglu
-from packloop.kernels.lora_linear import DenseWeight, Dropout, Lora, lora_linear_group
+from packloop.kernels.adapters import AdapterCopies
+from packloop.kernels.lora_linear import (
+    Dropout,
+    Lora,
+    lora_a_gradient,
+    lora_b_gradients,
+    lora_group_forward,
+    lora_input_gradient,
+)
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -188,15 +196,11 @@ def test_swiglu_on_halves_of_one_buffer_over_its_inputs():
 
 
 @interpreted
-@pytest.mark.parametrize("lookup", ["load", "gather"])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize(("num_rows", "num_columns", "blocksize"), [(1, 64, 64), (40, 136, 64), (130, 264, 128)])
-def test_nf4_is_bitsandbytes_bit_for_bit(
-    num_rows: int, num_columns: int, blocksize: int, double_quant: bool, lookup: str, monkeypatch
-):
+def test_nf4_is_bitsandbytes_bit_for_bit(num_rows: int, num_columns: int, blocksize: int, double_quant: bool):
     import bitsandbytes.functional
 
-    monkeypatch.setattr(nf4, "_LOOKUP", lookup)
     packed, state = bitsandbytes.functional.quantize_4bit(
         random(num_rows, num_columns), blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4"
     )
@@ -276,15 +280,31 @@ def test_token_splits_of_the_weight_gradient_add_up():
     assert torch.equal(found, dropout.dropout_weight_gradient(d_projected, x, 0.3, 1))
 
 
+# LoRA groups
+
+
 @interpreted
-@pytest.mark.parametrize("fused", [True, False])
-def test_lora_group_with_dropout(fused: bool, monkeypatch):
-    monkeypatch.setattr("packloop.kernels.lora_linear.FUSE_DROPOUT", fused)
-    x = random(37, 48).requires_grad_()
-    weights = [random(o, 48, seed=o) for o in (24, 8, 16)]
-    loras = [Lora(random(4, 48).requires_grad_(), random(o, 4, seed=o).requires_grad_(), 0.5) for o in (24, 8, 16)]
+def test_every_adapter_is_copied_and_copied_again_after_a_step():
+    loras = [Lora(random(4, 48, seed=1), random(24, 4, seed=2), 0.5), None, Lora(random(3, 48), random(5, 3), 0.5)]
+    copies = AdapterCopies(torch.float32, torch.device("cpu"))
+    group = copies.group((24, 8, 5), loras)
+    for _ in range(2):
+        copies.refresh()
+        assert torch.equal(group.a_RH, torch.cat([loras[0].a_rH, loras[2].a_rH]))
+        expected = torch.zeros(37, 7)
+        expected[:24, :4], expected[32:, 4:] = loras[0].b_Or, loras[2].b_Or
+        assert torch.equal(group.b_OR, expected)
+        for lora in (loras[0], loras[2]):
+            lora.a_rH.mul_(1.5)
+            lora.b_Or.add_(1.0)
+
+
+@interpreted
+def test_lora_group_with_dropout():
+    x, out_features = random(37, 48).requires_grad_(), (24, 8, 16)
+    weights = [random(o, 48, seed=o) for o in out_features]
+    loras = [Lora(random(4, 48).requires_grad_(), random(o, 4, seed=o).requires_grad_(), 0.5) for o in out_features]
     loras[1] = None
-    found = lora_linear_group(x, [DenseWeight(torch.cat(weights))], (24, 8, 16), loras, dropout=Dropout(0.1, 11, 3))
     mask = reference.dropout_mask((37, 48), 0.1, 11, stream=3)
     expected = torch.cat(
         [
@@ -295,8 +315,22 @@ def test_lora_group_with_dropout(fused: bool, monkeypatch):
         ],
         dim=1,
     )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
     leaves = [x, *(master for lora in loras if lora is not None for master in lora[:2])]
-    dy = random(*found.shape, seed=9)
-    for value, target in zip(torch.autograd.grad(found, leaves, dy), torch.autograd.grad(expected, leaves, dy)):
+    dy = random(*expected.shape, seed=9)
+    dx, da_0, db_0, da_2, db_2 = torch.autograd.grad(expected, leaves, dy)
+
+    copies, dropout_ = AdapterCopies(torch.float32, torch.device("cpu")), Dropout(0.1, 11, 3)
+    group = copies.group(out_features, loras)
+    copies.refresh()
+    found, projected = lora_group_forward(x.detach(), weights, group, dropout_)
+    d_projected, d_b = lora_b_gradients(dy, projected, group, dropout_)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    pairs = [
+        (lora_input_gradient(dy, d_projected, weights, group, dropout_), dx),
+        (lora_a_gradient(d_projected, x.detach(), group, dropout_), torch.cat([da_0, da_2])),
+        (d_b[0], db_0),
+        (d_b[2], db_2),
+    ]
+    assert d_b[1] is None
+    for value, target in pairs:
         torch.testing.assert_close(value, target, rtol=1e-5, atol=5e-5)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from packloop.kernels.attention import Attention, DocumentLayout, rotates
 from packloop.kernels.base_weights import GroupWeights
-from packloop.kernels.extended_weight import ExtendedWeight, extended_group_forward
+from packloop.kernels.extended_weight import ExtendedWeight, extended_group_forward, extended_input_gradient
 from packloop.kernels.lora_linear import (
     Dropout,
     LoraGroup,
@@ -276,7 +276,7 @@ def _backward(
         weights.drop(group)
         if isinstance(weight, ExtendedWeight):
             if dropout is None and dy_wide.shape[1] > num_outputs:
-                return dy_wide @ weight.buffer[:, : weight.num_features]
+                return extended_input_gradient(dy_wide, weight)
             weight = [weight.base]
         return lora_input_gradient(dy_wide[:, :num_outputs], d_projected[group], weight, layer.groups[group], dropout)
 

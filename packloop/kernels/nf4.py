@@ -8,7 +8,6 @@ Source of the format: Dettmers et al., QLoRA, arXiv:2305.14314.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +28,6 @@ except ModuleNotFoundError:  # a CPU-only torch comes without Triton; bitsandbyt
 # Words of 8 weights for one program, and its warps: a thread has 8 words, and each becomes one 16-byte bf16 store.
 _BLOCK_WORDS = 1024
 _NUM_WARPS = 4
-# How a nibble finds its value: "load" reads the 64-byte table through L1, "gather" shuffles it out of registers.
-_LOOKUP = "load"
 _WORD_WEIGHTS = 8
 # Words are numbered in int32 (the divisions are cheaper), elements in int64.
 _MAX_WORDS = 2**31 - 1
@@ -52,7 +49,6 @@ if triton is not None:
         WORDS_PER_SCALE: tl.constexpr,
         SCALES_PER_SCALE2: tl.constexpr,
         NESTED: tl.constexpr,
-        GATHERS: tl.constexpr,
         STRIDED: tl.constexpr,
         BLOCK_WORDS: tl.constexpr,
     ):
@@ -69,11 +65,7 @@ if triton is not None:
         # Little-endian: weight j is nibble j ^ 1 of the word, the high nibble of a byte coming first.
         weights = tl.arange(0, 8)
         nibbles = (packed[:, None] >> ((weights ^ 1) * 4)[None, :]) & 15
-        if GATHERS:
-            table = tl.load(code_ptr + tl.arange(0, 16))
-            values = tl.reshape(tl.gather(table, tl.reshape(nibbles, [BLOCK_WORDS * 8]), axis=0), [BLOCK_WORDS, 8])
-        else:
-            values = tl.load(code_ptr + nibbles)
+        values = tl.load(code_ptr + nibbles)  # a table of 64 bytes, through L1
         if STRIDED:
             starts = (words // words_per_row).to(tl.int64) * out_stride + (words % words_per_row) * 8
         else:
@@ -122,7 +114,6 @@ def dequantize(
         WORDS_PER_SCALE=state.blocksize // _WORD_WEIGHTS,
         SCALES_PER_SCALE2=state.state2.blocksize if nested else 1,
         NESTED=nested,
-        GATHERS=_LOOKUP == "gather",
         STRIDED=out.stride(0) != row_weights,
         BLOCK_WORDS=_BLOCK_WORDS,
         num_warps=_NUM_WARPS,
@@ -145,20 +136,3 @@ def _dequantize_with_bitsandbytes(packed: Tensor, state: QuantState, dtype: torc
         state2=state.state2,
     )
     return bitsandbytes.functional.dequantize_4bit(packed[:, None], state)
-
-
-@dataclass(frozen=True)
-class Nf4Weight:
-    """Frozen NF4 weights over one input, as `lora_linear` takes them: `dense()` dequantises them anew each time."""
-
-    weights: tuple[Params4bit, ...]
-    dtype: torch.dtype
-
-    def dense(self) -> Tensor:
-        """The weights' rows one after the other, [sum of O, I] in `dtype`, in a new tensor."""
-        rows = [weight.quant_state.shape[0] for weight in self.weights]
-        num_columns = self.weights[0].quant_state.shape[1]
-        joined = torch.empty(sum(rows), num_columns, dtype=self.dtype, device=self.weights[0].device)
-        for weight, out in zip(self.weights, joined.split(rows)):
-            dequantize(weight, out=out)
-        return joined
