@@ -1,0 +1,237 @@
+"""The planner's predictions beside what this GPU does, for configurations that it was not calibrated on.
+
+    python benchmarks/check_plan.py --output check.json [--data FILE --tokenizer DIR]
+    python benchmarks/check_plan.py --calibrate --output calibration.json [--data FILE --tokenizer DIR]
+
+Models have random weights and are made in memory, once a shape; each configuration takes two steps to warm up and three
+that count. --calibrate measures what the predictions rest on: each kind of work by itself, and a few whole steps with
+their GPU time by kernel. Every result is printed and written as soon as it is there. `--shape tiny` goes through the same
+motions on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import plan_cases  # noqa: E402
+import torch  # noqa: E402
+from plan_cases import Case  # noqa: E402
+
+from packloop.bench import calibration  # noqa: E402
+from packloop.bench.kernel_classes import classify, union_ms  # noqa: E402
+from packloop.bench.probe import Probe, probe  # noqa: E402
+from packloop.bench.steps import synchronize  # noqa: E402
+from packloop.bench.synthetic import random_model, shape_config  # noqa: E402
+from packloop.config import DataConfig, ModelConfig, RunConfig  # noqa: E402
+from packloop.data.loader import TrainingData, build_data  # noqa: E402
+from packloop.engine.environment import describe_environment  # noqa: E402
+from packloop.engine.loop import set_numerics  # noqa: E402
+from packloop.engine.model import load_tokenizer  # noqa: E402
+from packloop.errors import InputError, OutOfMemoryError  # noqa: E402
+
+# Kernels and products of a profiled step that are listed, the longest first.
+_LISTED = 80
+
+
+class Bench:
+    """Bases and data made once, results written as they come."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.is_dry = arguments.shape is not None
+        tokenizer = load_tokenizer(ModelConfig(name_or_path=arguments.tokenizer))
+        self._tokenizer, self.pad_token_id = tokenizer, tokenizer.pad_token_id
+        self._base: tuple[str, Any] | None = None
+        self._data: dict[tuple, TrainingData] = {}
+        self.result: dict[str, Any] = {"environment": describe_environment(), "kinds": [], "cases": []}
+        self._begun = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self._begun:6.1f} s] {text}", flush=True)
+
+    def save(self) -> None:
+        output: Path = self.arguments.output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_suffix(".partial")
+        partial.write_text(json.dumps(self.result) + "\n", encoding="utf-8")
+        partial.replace(output)
+
+    def base(self, shape: str):
+        """The one model that is held at a time."""
+        if self._base is None or self._base[0] != shape:
+            self._base = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._base = shape, random_model(shape_config(shape), quantization="nf4", device=self.device)
+        return self._base[1]
+
+    def config(self, case: Case) -> RunConfig:
+        source = self.arguments.data or "bundled"
+        return case.config({"source": source, "columns": {"response": "output"} if self.arguments.data else {}})
+
+    def data(self, config: DataConfig) -> TrainingData:
+        # A step of 16 packs, of a few, needs more packs than a small sample makes: its rows come several times.
+        key = (config.packing == "wrapped", config.max_length)
+        if key not in self._data:
+            self._data[key] = build_data(config, self._tokenizer, seed=0)
+        return self._data[key]
+
+    def measure(self, case: Case, after: Callable | None = None) -> Probe:
+        config = self.config(case)
+        return probe(config, self.base(case.shape), self.data(config.data), self.pad_token_id, after=after)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    bench = Bench(arguments)
+    set_numerics(RunConfig())
+    chosen = plan_cases.CALIBRATION if arguments.calibrate else plan_cases.HELD_OUT
+    cases = [case.dry() if bench.is_dry else case for case in chosen]
+    cases = [case for case in cases if arguments.only in case.name]
+    if arguments.calibrate:
+        measure_kinds(bench)
+    for case in cases:
+        bench.result["cases"].append(row_of(bench, case))
+        bench.save()
+    bench.say(f"written: {arguments.output}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--calibrate", action="store_true", help="measure what predictions rest on")
+    parser.add_argument("--data", help="JSON rows with the fields instruction and output; default: the bundled sample")
+    parser.add_argument("--tokenizer", default="bundled", help="directory; default: the bundled model's")
+    parser.add_argument("--shape", choices=("tiny",), help="dry run on a CPU")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    return parser.parse_args()
+
+
+def row_of(bench: Bench, case: Case) -> dict[str, Any]:
+    """Measured figures of one case, or the reason why there are none."""
+    row: dict[str, Any] = {"name": case.name, "case": vars(case)}
+    details: dict[str, Any] = {}
+    begun = time.perf_counter()
+    after = (lambda step, window: details.update(profile(step, window))) if bench.arguments.calibrate else None
+    try:
+        measured = bench.measure(case, after)
+    except (torch.OutOfMemoryError, OutOfMemoryError, InputError) as error:
+        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        bench.say(f"{case.name}: {row['failed']}")
+        return row
+    config = measured.config
+    row |= {
+        "resolved": {**config.kernels.model_dump(), "recompute": config.train.gradient_checkpointing},
+        "figures": measured.figures,
+        "memory": measured.memory,
+        "allocated_before_gib": measured.allocated_before_gib,
+        "documents": [[batch.cu_seqlens.diff().tolist() for batch in window] for window in measured.windows],
+        "labels": [[batch.num_label_tokens for batch in window] for window in measured.windows],
+        "seconds": round(time.perf_counter() - begun, 1),
+        **details,
+    }
+    memory = measured.memory or {}
+    bench.say(
+        f"{case.name}: {measured.step_ms:.0f} ms, {measured.real_tokens_per_s:,.0f} tokens/s, allocated "
+        f"{memory.get('peak_allocated_gib', 0):.2f}, reserved {memory.get('peak_reserved_gib', 0):.2f} GiB, "
+        f"{row['resolved']['recompute']}/{config.kernels.dequant_cache}/{config.kernels.keep_inputs} "
+        f"{config.kernels.attention} ({row['seconds']} s)"
+    )
+    return row
+
+
+def measure_kinds(bench: Bench) -> None:
+    """Each kind of work by itself: of the 7B shape throughout, of the others what differs most."""
+    big, small = (shape_config("tiny" if bench.is_dry else name) for name in ("llama2-7b", "tinyllama-1.1b"))
+    unit = 32 if bench.is_dry else 2048
+    add(
+        bench,
+        calibration.measure_kinds(
+            big, slots=(unit // 2, unit, 2 * unit, 4 * unit, 8 * unit), ranks=(64, 128), device=bench.device
+        ),
+    )
+    add(bench, calibration.measure_kinds(small, slots=(unit // 2, 4 * unit), ranks=(64,), device=bench.device))
+    if torch.cuda.is_available():
+        for heads, lengths in (((32, 32, 128), (128, 256, 512, 1024, 2048, 4096)), ((32, 4, 64), (256, 2048))):
+            measured = calibration.measure_attention(heads, num_slots=4 * unit, lengths=lengths, device=bench.device)
+            add(bench, measured)
+        torch.cuda.empty_cache()
+
+
+def add(bench: Bench, measurements: Iterable[calibration.Measurement]) -> None:
+    for measurement in measurements:
+        bench.result["kinds"].append(measurement)
+        done = f", {measurement['flops'] / measurement['ms'] / 1e9:.0f} TFLOP/s" if measurement.get("flops") else ""
+        done += f", {measurement['bytes'] / measurement['ms'] / 1e6:.0f} GB/s" if measurement.get("bytes") else ""
+        what = ", ".join(f"{k} {v}" for k, v in measurement.items() if k not in ("kind", "ms", "flops", "bytes"))
+        bench.say(f"{measurement['kind']} {what}: {measurement['ms']:.4f} ms{done}")
+    bench.save()
+
+
+def profile(step: Callable, window: list) -> dict[str, Any]:
+    """GPU time of one step by class and by kernel, of its products by shape, and every allocation of a megabyte or more."""
+    if not torch.cuda.is_available():
+        return {}
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(
+        activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True, acc_events=True
+    ) as profiler:
+        lap = step(window)
+        synchronize()
+    kernels: dict[str, list[float]] = {}
+    spans: list[tuple[float, float]] = []
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            entry = kernels.setdefault(event.name, [0, 0.0])
+            entry[0], entry[1] = entry[0] + 1, entry[1] + event.time_range.elapsed_us() / 1e3
+            spans.append((event.time_range.start, event.time_range.end))
+    classes: dict[str, float] = {}
+    for name, (_, ms) in kernels.items():
+        classes[classify(name)] = classes.get(classify(name), 0.0) + ms
+    products = [
+        [average.key, str(average.input_shapes[:3]), average.count, round(average.self_device_time_total / 1e3, 4)]
+        for average in profiler.key_averages(group_by_input_shape=True)
+        if average.key in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm") and average.self_device_time_total
+    ]
+    longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:_LISTED]
+    return {
+        "profiled_step_ms": lap.ms,
+        "busy_ms": round(union_ms(spans), 3),
+        "class_ms": {name: round(ms, 3) for name, ms in classes.items()},
+        "kernels": [[name[:120], count, round(ms, 4)] for name, (count, ms) in longest],
+        "products": sorted(products, key=lambda product: -product[3])[:_LISTED],
+        "allocations": allocations(step, window),
+    }
+
+
+def allocations(step: Callable, window: list) -> list[list]:
+    """(action, address, bytes) of each event of the allocator in one step, of a megabyte or more."""
+    torch.cuda.memory._record_memory_history(max_entries=200_000, context=None)
+    try:
+        step(window)
+        synchronize()
+        (trace,) = torch.cuda.memory._snapshot()["device_traces"][:1]
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    kept = ("alloc", "free_completed", "segment_map", "segment_unmap", "segment_alloc", "segment_free")
+    return [
+        [event["action"], event["addr"], event["size"]]
+        for event in trace
+        if event["action"] in kept and event["size"] >= 2**20
+    ]
+
+
+if __name__ == "__main__":
+    main()
