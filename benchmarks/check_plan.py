@@ -3,10 +3,10 @@
     python benchmarks/check_plan.py --output check.json [--data FILE --tokenizer DIR]
     python benchmarks/check_plan.py --calibrate --output calibration.json [--data FILE --tokenizer DIR]
 
-Models have random weights and are made in memory, once a shape; each configuration takes two steps to warm up and three
-that count. --calibrate measures what the predictions rest on: each kind of work by itself, and a few whole steps with
-their GPU time by kernel. Every result is printed and written as soon as it is there. `--shape tiny` goes through the same
-motions on a CPU.
+Models have random weights and are made in memory, once a shape; each configuration takes two steps to warm up and
+three that count. --calibrate measures what the predictions rest on: each kind of work by itself, and a few whole steps
+with their GPU time by kernel. Every result is printed and written as soon as it is there. `--shape tiny` goes through
+the same motions on a CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from plan_cases import Case  # noqa: E402
 
 from packloop.bench import calibration  # noqa: E402
-from packloop.bench.kernel_classes import classify, union_ms  # noqa: E402
+from packloop.bench.kernel_classes import likely_class  # noqa: E402
 from packloop.bench.probe import Probe, probe  # noqa: E402
 from packloop.bench.steps import synchronize  # noqa: E402
 from packloop.bench.synthetic import random_model, shape_config  # noqa: E402
@@ -93,8 +93,8 @@ class Bench:
 
 def main() -> None:
     arguments = parse_arguments()
-    bench = Bench(arguments)
     set_numerics(RunConfig())
+    bench = Bench(arguments)
     chosen = plan_cases.CALIBRATION if arguments.calibrate else plan_cases.HELD_OUT
     cases = [case.dry() if bench.is_dry else case for case in chosen]
     cases = [case for case in cases if arguments.only in case.name]
@@ -135,8 +135,8 @@ def row_of(bench: Bench, case: Case) -> dict[str, Any]:
         "figures": measured.figures,
         "memory": measured.memory,
         "allocated_before_gib": measured.allocated_before_gib,
-        "documents": [[batch.cu_seqlens.diff().tolist() for batch in window] for window in measured.windows],
-        "labels": [[batch.num_label_tokens for batch in window] for window in measured.windows],
+        "documents": [batch.cu_seqlens.diff().tolist() for batch in measured.micros],
+        "labels": [batch.num_label_tokens for batch in measured.micros],
         "seconds": round(time.perf_counter() - begun, 1),
         **details,
     }
@@ -179,7 +179,7 @@ def add(bench: Bench, measurements: Iterable[calibration.Measurement]) -> None:
 
 
 def profile(step: Callable, window: list) -> dict[str, Any]:
-    """GPU time of one step by class and by kernel, of its products by shape, and every allocation of a megabyte or more."""
+    """GPU time of one step by class and by kernel, of its products by shape, and its allocations."""
     if not torch.cuda.is_available():
         return {}
     from torch.autograd import DeviceType
@@ -191,15 +191,13 @@ def profile(step: Callable, window: list) -> dict[str, Any]:
         lap = step(window)
         synchronize()
     kernels: dict[str, list[float]] = {}
-    spans: list[tuple[float, float]] = []
     for event in profiler.events():
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             entry = kernels.setdefault(event.name, [0, 0.0])
             entry[0], entry[1] = entry[0] + 1, entry[1] + event.time_range.elapsed_us() / 1e3
-            spans.append((event.time_range.start, event.time_range.end))
     classes: dict[str, float] = {}
     for name, (_, ms) in kernels.items():
-        classes[classify(name)] = classes.get(classify(name), 0.0) + ms
+        classes[likely_class(name)] = classes.get(likely_class(name), 0.0) + ms
     products = [
         [average.key, str(average.input_shapes[:3]), average.count, round(average.self_device_time_total / 1e3, 4)]
         for average in profiler.key_averages(group_by_input_shape=True)
@@ -208,7 +206,6 @@ def profile(step: Callable, window: list) -> dict[str, Any]:
     longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:_LISTED]
     return {
         "profiled_step_ms": lap.ms,
-        "busy_ms": round(union_ms(spans), 3),
         "class_ms": {name: round(ms, 3) for name, ms in classes.items()},
         "kernels": [[name[:120], count, round(ms, 4)] for name, (count, ms) in longest],
         "products": sorted(products, key=lambda product: -product[3])[:_LISTED],

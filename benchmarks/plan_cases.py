@@ -14,7 +14,7 @@ _DRY_DIVISOR = 32
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. budget_gib: a cap that leaves the three policies to `auto`; else they are numbers of layers."""
+    """One configuration. budget_gib: a cap, under which the three policies are `auto`."""
 
     shape: str
     targets: str

@@ -1,7 +1,7 @@
 """What this GPU does in a second at each kind of work in a training step, measured one kind at a time.
 
-Each measurement is a dictionary: kind, what it was done on, milliseconds, and the FLOPs and bytes that the work needs at
-the least (each operand read once, each result written once). `packloop.engine.rates` fits its constants to them.
+Each measurement is a dictionary: kind, what it was done on, milliseconds, and the FLOPs and bytes that the work needs
+at the least (each operand read once, each result written once).
 
 Shapes: T slots, H features, O outputs, R ranks, V vocabulary.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,49 +94,35 @@ def _products(config: LlamaConfig, num_slots: int, device: torch.device) -> Iter
         moved = 2 * (x.numel() + dy.numel() + weight.numel())
         what = {"group": group.name, "slots": num_slots, "in": group.in_features, "out": num_outputs}
         forward, backward = {"kind": "product", **what}, {"kind": "input gradient", **what}
-        yield _measured(forward, lambda: torch.mm(x, weight.T, out=y), flops=flops, bytes=moved)
-        yield _measured(backward, lambda: torch.mm(dy, weight, out=dx), flops=flops, bytes=moved)
+        yield _measured(forward, partial(torch.mm, x, weight.T, out=y), flops=flops, bytes=moved)
+        yield _measured(backward, partial(torch.mm, dy, weight, out=dx), flops=flops, bytes=moved)
 
 
 def _passes(config: LlamaConfig, num_slots: int, device: torch.device) -> Iterator[Measurement]:
     """Norm, SwiGLU and RoPE, in bytes of the tensors they read and write."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    one = 2 * num_slots * hidden
-    residual, update, weight_H = _normal((num_slots, hidden), device), _normal((num_slots, hidden), device), None
+    residual, update, total, normed = (_normal((num_slots, hidden), device) for _ in range(4))
     weight_H = torch.ones(hidden, dtype=torch.bfloat16, device=device)
-    total, normed = torch.empty_like(residual), torch.empty_like(residual)
-    _, _, rstd_T = add_rms_norm_forward(residual, update, weight_H, 1e-5)
+    rstd_T = torch.ones(num_slots, device=device)
+    norm = partial(add_rms_norm_forward, residual, update, weight_H, 1e-5, residual_out=total, normed_out=normed)
+    norm_backward = partial(add_rms_norm_backward, normed, update, residual, weight_H, rstd_T, d_residual=total)
+    what = {"slots": num_slots, "features": hidden}
+    yield _measured({"kind": "norm", **what}, norm, bytes=8 * num_slots * hidden)
+    yield _measured({"kind": "norm backward", **what}, norm_backward, bytes=8 * num_slots * hidden)
 
-    def norm() -> None:
-        add_rms_norm_forward(residual, update, weight_H, 1e-5, residual_out=total, normed_out=normed)
+    gate, up, out, rebuilt = (_normal((num_slots, intermediate), device) for _ in range(4))
+    backward = partial(swiglu_backward, out, gate, up, d_gate=gate, d_up=up)
+    what, one = {"slots": num_slots, "features": intermediate}, 2 * num_slots * intermediate
+    yield _measured({"kind": "swiglu", **what}, partial(swiglu_forward, gate, up, out=out), bytes=3 * one)
+    yield _measured({"kind": "swiglu backward", **what}, backward, bytes=5 * one)
+    rebuilding = partial(backward, hidden_out=rebuilt)
+    yield _measured({"kind": "swiglu backward rebuilding", **what}, rebuilding, bytes=6 * one)
 
-    def norm_backward() -> None:
-        add_rms_norm_backward(normed, update, residual, weight_H, rstd_T, d_residual=total)
-
-    yield _measured({"kind": "norm", "slots": num_slots, "features": hidden}, norm, bytes=4 * one)
-    yield _measured({"kind": "norm backward", "slots": num_slots, "features": hidden}, norm_backward, bytes=4 * one)
-    del residual, update, total, normed
-    wide = 2 * num_slots * intermediate
-    gate, up, out = (_normal((num_slots, intermediate), device) for _ in range(3))
-    rebuilt = torch.empty_like(gate)
-    what = {"slots": num_slots, "features": intermediate}
-    yield _measured({"kind": "swiglu", **what}, lambda: swiglu_forward(gate, up, out=out), bytes=3 * wide)
-
-    def backward() -> None:
-        swiglu_backward(out, gate, up, d_gate=gate, d_up=up)
-
-    def rebuilding() -> None:
-        swiglu_backward(out, gate, up, d_gate=gate, d_up=up, hidden_out=rebuilt)
-
-    yield _measured({"kind": "swiglu backward", **what}, backward, bytes=5 * wide)
-    yield _measured({"kind": "swiglu backward rebuilding", **what}, rebuilding, bytes=6 * wide)
-    del gate, up, out, rebuilt
     head_dim = hidden // config.num_attention_heads
     q, k = _normal((num_slots, hidden), device), _normal((num_slots, config.num_key_value_heads * head_dim), device)
     tables = torch.randn(2, num_slots, head_dim // 2, device=device)
-    positions_T = torch.arange(num_slots, device=device)
-    turned = 4 * (q.numel() + k.numel())
-    yield _measured({"kind": "rope", "slots": num_slots}, lambda: rope_(q, k, *tables, positions_T), bytes=turned)
+    turn = partial(rope_, q, k, *tables, torch.arange(num_slots, device=device))
+    yield _measured({"kind": "rope", "slots": num_slots}, turn, bytes=4 * (q.numel() + k.numel()))
 
 
 def _adapter_products(num_features: int, num_slots: int, num_ranks: int, device: torch.device) -> Iterator[Measurement]:
@@ -190,7 +177,7 @@ def _dequantisation(config: LlamaConfig, device: torch.device) -> Iterator[Measu
         out = torch.empty(shape, dtype=torch.bfloat16, device=device)
         size = shape[0] * shape[1]
         what = {"kind": "dequantisation", "out": shape[0], "in": shape[1]}
-        yield _measured(what, lambda: dequantize(weight, out=out), bytes=int(2.516 * size))
+        yield _measured(what, partial(dequantize, weight, out=out), bytes=int(2.516 * size))
 
 
 def _optimizer(config: LlamaConfig, device: torch.device) -> Iterator[Measurement]:

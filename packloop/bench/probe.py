@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,12 @@ from transformers import LlamaForCausalLM
 from packloop.bench.steps import GIB, Job, Lap, cap_memory, lap_figures, memory_figures, reset_peak, synchronize
 from packloop.config import RunConfig
 from packloop.data.loader import Batch, TrainingData
+from packloop.engine.batch import Micro
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured. config: with every `auto` settled; windows: the documents' lengths of each timed micro-batch.
+    """What was measured. config: with every `auto` settled; micros: the micro-batches of the timed steps.
 
     memory: GiB, None without a GPU. managed_bytes: paged optimizer state, outside torch's allocator.
     """
@@ -25,7 +27,7 @@ class Probe:
     figures: dict[str, Any]
     memory: dict[str, float] | None
     allocated_before_gib: float | None
-    windows: list[list[Batch]] = field(repr=False)
+    micros: list[Batch] = field(repr=False)
 
     @property
     def real_tokens_per_s(self) -> float:
@@ -44,7 +46,7 @@ def probe(
     *,
     warmup_steps: int = 2,
     timed_steps: int = 3,
-    after=None,
+    after: Callable[[Callable[[list[Micro]], Lap], list[Micro]], None] | None = None,
 ) -> Probe:
     """Takes the steps and gives back what they took; `base` is left as it was, without adapter.
 
@@ -57,16 +59,20 @@ def probe(
         options = job.resolve()
         cap_memory(config.train.memory_budget_gib, job.optimizer.paged_bytes)
         laps: list[Lap] = []
-        windows = [job.next_window() for _ in range(warmup_steps + timed_steps)]
+        micros: list[Batch] = []
         with job.stepping(options) as step:
             gc.collect()
             reset_peak()
             before_gib = torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else None
-            laps += [step(window) for window in windows]
+            for number in range(warmup_steps + timed_steps):
+                window = job.next_window()
+                laps.append(step(window))
+                if number >= warmup_steps:
+                    micros += [micro.batch for micro in window]
             memory = memory_figures(job.optimizer.paged_bytes)
             if after is not None:
                 after(step, job.next_window())
-        return Probe(job.config, lap_figures(laps, warmup_steps), memory, before_gib, windows[warmup_steps:])
+        return Probe(job.config, lap_figures(laps, warmup_steps), memory, before_gib, micros)
     finally:
         job.close()
         if torch.cuda.is_available():
