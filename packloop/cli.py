@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at the data before training on it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Measure settings beside each other, report and compare.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, for example recipes/demo.yaml.")]
 Overrides = Annotated[
@@ -186,6 +188,38 @@ def doctor() -> None:
     from packloop.engine.doctor import doctor_report
 
     Console().print(doctor_report())
+
+
+@bench_app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Directories of `packloop bench run`.")],
+    output: Annotated[Path, typer.Option(help="Directory for report.md, report.html and what they link to.")],
+) -> None:
+    """Write RESULTS as Markdown and as one HTML page, with plots."""
+    from packloop.bench.report import write_report
+
+    markdown, page = write_report(results, output)
+    typer.echo(f"report in {page} and {markdown}")
+
+
+@bench_app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="Results directory to compare with.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Results directory that is judged.")],
+    fail_below: Annotated[
+        float, typer.Option(help="Fail where B's tokens/s are surely below this share of A's.")
+    ] = 0.97,
+    allow_different: Annotated[
+        list[str] | None, typer.Option(metavar="KEY|all", help="A condition that may differ; may be repeated.")
+    ] = None,
+) -> None:
+    """Fail (exit code 1) where B is slower than A, needs more memory or has lost a cell."""
+    from packloop.bench.compare import compare_directories, describe_comparison
+
+    comparison = compare_directories(before, after, fail_below=fail_below, allow_different=allow_different or ())
+    typer.echo(describe_comparison(comparison))
+    if comparison.failures:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from packloop.config import RunConfig, dump_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENTRY = "from packloop.cli import main; main()"
-VERBS = ("train", "validate", "schema", "data", "generate", "merge", "push", "doctor")
+VERBS = ("train", "validate", "schema", "data", "generate", "merge", "push", "doctor", "bench")
 
 
 def packloop(*arguments: str, prefix: str = "") -> subprocess.CompletedProcess:

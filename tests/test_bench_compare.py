@@ -1,0 +1,177 @@
+"""Two results directories compared: what counts as slower, what is refused, what fails."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from bench_cells import cell, conditions, figures
+
+from packloop import cli
+from packloop.bench.compare import compare_directories, describe_comparison, rate_ratio
+from packloop.bench.results import Cell, save_cell
+from packloop.errors import ConfigError, InputError
+
+
+def saved(directory: Path, *cells: Cell) -> Path:
+    for one in cells:
+        save_cell(directory, one)
+    return directory
+
+
+def judged(tmp_path: Path, before: Cell, after: Cell, **options):
+    """The verdict on one pair."""
+    options = {"fail_below": 0.97} | options
+    (verdict,) = compare_directories(saved(tmp_path / "a", before), saved(tmp_path / "b", after), **options).verdicts
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "words", "is_failure"),
+    [
+        (9000, 0.005, "SLOWER", True),
+        (9900, 0.005, "no change that counts", False),
+        (11000, 0.005, "faster", False),
+        (9600, 0.2, "undecided: below the threshold, within the noise", False),
+    ],
+)
+def test_slower_only_where_the_noise_cannot_explain_it(tmp_path, rate, noise, words, is_failure):
+    before = cell("a", figures=figures(10000, noise=noise))
+    verdict = judged(tmp_path, before, cell("a", figures=figures(rate, noise=noise)))
+    assert (verdict.words, verdict.is_failure) == (words, is_failure)
+    assert verdict.ratio.low <= verdict.ratio.value <= verdict.ratio.high
+    assert verdict.ratio.value == pytest.approx(rate / 10000)
+
+
+def test_the_interval_widens_with_the_noise_and_is_the_same_each_time():
+    quiet, loud = (cell("a", figures=figures(10000, noise=noise)) for noise in (0.01, 0.1))
+    first, second = rate_ratio(quiet, quiet), rate_ratio(loud, loud)
+    assert second.high - second.low > 5 * (first.high - first.low) > 0
+    assert rate_ratio(loud, loud) == second
+
+
+def test_warm_up_steps_do_not_count():
+    slow_start = figures(10000, warmup=4)
+    assert rate_ratio(cell("a", figures=figures(10000)), cell("a", figures=slow_start)).low > 0.97
+
+
+def test_a_cell_that_is_gone_fails_and_a_new_one_is_said(tmp_path):
+    comparison = compare_directories(
+        saved(tmp_path / "a", cell("kept"), cell("gone")),
+        saved(tmp_path / "b", cell("kept"), cell("new")),
+        fail_below=0.97,
+    )
+    words = {verdict.name: verdict.words for verdict in comparison.verdicts}
+    assert words["gone"] == "MISSING in B"
+    assert words["new"].startswith("new in B")
+    assert [verdict.name for verdict in comparison.failures] == ["gone"]
+    shown = describe_comparison(comparison)
+    assert shown.splitlines()[2].startswith("| gone")
+    assert shown.splitlines()[-1] == "FAILED: 1 of 3 cells: gone"
+
+
+@pytest.mark.parametrize("status", ["out_of_memory", "failed", "wrong"])
+def test_a_measured_cell_that_is_none_any_more_fails(tmp_path, status):
+    verdict = judged(tmp_path, cell("a"), cell("a", None, status=status, reason="because"))
+    assert verdict.is_failure
+    assert "because" in verdict.words
+
+
+def test_out_of_memory_in_both_is_no_failure_and_recovery_neither(tmp_path):
+    lost = cell("a", None, status="out_of_memory", reason="22 GiB were not enough")
+    assert not judged(tmp_path / "1", lost, lost).is_failure
+    assert not judged(tmp_path / "2", lost, cell("a")).is_failure
+
+
+def test_a_wrong_result_fails_even_where_it_was_wrong_before(tmp_path):
+    wrong = cell("a", status="wrong", reason="losses differ")
+    assert judged(tmp_path, wrong, wrong).is_failure
+
+
+def test_memory_that_grows_by_more_than_a_twentieth_fails(tmp_path):
+    assert not judged(tmp_path / "1", cell("a", peak_gib=20), cell("a", peak_gib=20.9)).is_failure
+    verdict = judged(tmp_path / "2", cell("a", peak_gib=20), cell("a", peak_gib=21.2))
+    assert verdict.is_failure
+    assert "MEMORY grew by 6.0%" in verdict.words
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"conditions": conditions(device="NVIDIA A10G")}, "device"),
+        ({"conditions": conditions(driver="590.2")}, "driver"),
+        ({"conditions": conditions(versions={"torch": "2.12.0", "packloop": "0.1.0"})}, "versions.torch"),
+        ({"batch": 6}, "train.per_device_train_batch_size"),
+        ({"figures": figures(10000, steps=20)}, "timed_steps"),
+        ({"figures": figures(10000, tokens=15000)}, "real_tokens_per_step"),
+        ({"shape": "llama3-8b"}, "shape"),
+        ({"who": "trl"}, "who"),
+    ],
+)
+def test_different_conditions_are_refused_until_allowed(tmp_path, changes, key):
+    before, after = cell("a"), cell("a", **changes)
+    with pytest.raises(ConfigError, match=key):
+        judged(tmp_path, before, after)
+    keys = [key, "slot_tokens_per_step", "label_tokens_per_step"]
+    assert judged(tmp_path, before, after, allow_different=keys).words
+    assert judged(tmp_path, before, after, allow_different=["all"]).words
+    with pytest.raises(ConfigError, match=key):
+        judged(tmp_path, before, after, allow_different=["python"])
+
+
+def test_commit_date_clocks_and_packloop_s_version_may_differ(tmp_path):
+    after = conditions(
+        commit="fff",
+        uncommitted_changes=True,
+        date="2026-02-03",
+        after=None,
+        versions={"torch": "2.11.0", "packloop": "2"},
+    )
+    verdict = judged(tmp_path, cell("a"), cell("a", conditions=after, session="another"))
+    assert not verdict.is_failure
+
+
+def test_a_lower_power_limit_is_another_condition(tmp_path):
+    capped = conditions()
+    capped = capped.model_copy(update={"before": capped.before.model_copy(update={"power_limit_w": 300.0})})
+    with pytest.raises(ConfigError, match=r"power_limit_w: 700\.0 -> 300\.0"):
+        judged(tmp_path, cell("a"), cell("a", conditions=capped))
+
+
+@pytest.mark.parametrize(
+    ("arrange", "error", "words"),
+    [
+        (lambda a, b: saved(a, cell("x")), InputError, "no such directory"),
+        (lambda a, b: (saved(a, cell("x")), b.mkdir()), InputError, "no cells"),
+        (lambda a, b: (saved(a, cell("x")), _other_version(b)), InputError, "schema version 7, this packloop reads 1"),
+        (lambda a, b: [saved(side, cell("x", figures=figures(1, steps=2))) for side in (a, b)], InputError, "2 timed"),
+    ],
+)
+def test_results_that_cannot_be_compared_get_one_line(tmp_path, arrange, error, words):
+    arrange(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(error, match=words) as raised:
+        compare_directories(tmp_path / "a", tmp_path / "b", fail_below=0.97)
+    assert "\n" not in str(raised.value)
+
+
+def _other_version(directory: Path) -> None:
+    path = save_cell(directory, cell("x"))
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 7'))
+
+
+def test_a_threshold_that_is_no_ratio_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--fail-below 97"):
+        judged(tmp_path, cell("a"), cell("a"), fail_below=97)
+
+
+@pytest.mark.parametrize(("rate", "code"), [(10000, 0), (9000, 1)])
+def test_the_command_s_exit_code_is_the_verdict(tmp_path, capsys, monkeypatch, rate, code):
+    saved(tmp_path / "a", cell("x"))
+    saved(tmp_path / "b", cell("x", rate))
+    arguments = ["packloop", "bench", "compare", str(tmp_path / "a"), str(tmp_path / "b"), "--fail-below", "0.95"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code or 0) == code
+    assert ("FAILED" in capsys.readouterr().out) == bool(code)

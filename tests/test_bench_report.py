@@ -1,0 +1,197 @@
+"""The report of results: every cell is in it with its conditions, and the page needs nothing but itself."""
+
+from __future__ import annotations
+
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from bench_cells import cell, conditions
+
+from packloop import cli
+from packloop.bench.groups import groups_of, reference_of
+from packloop.bench.report import build_report, gather_cells, write_report
+from packloop.bench.results import Cell, save_cell
+from packloop.errors import InputError
+
+EAGER = {"kernels.attention": "eager", "kernels.layer": "stock"}
+FUSED = {"kernels.attention": "document", "kernels.layer": "fused"}
+
+
+def tutorial_cells() -> list[Cell]:
+    """Two ways at batches 4 and 6, of which one has no memory for 6, a wrong one, a failed one and another trainer."""
+    return [
+        cell("eager-4", 6000, settings=EAGER),
+        cell("eager-6", None, batch=6, settings=EAGER, status="out_of_memory", reason="0.9 GiB free of 22.0"),
+        cell("fused-4", 21000, settings=FUSED),
+        cell("fused-6", 21500, batch=6, settings=FUSED),
+        cell("odd-4", 30000, settings={"kernels.odd": 1}, status="wrong", reason="losses differ by 0.4"),
+        cell("bad-4", None, settings={"kernels.bad": 1}, status="failed", reason="RuntimeError: <no> kernel | image"),
+        cell("liger", 18000, who="trl", settings={"batch": 4}),
+    ]
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    for one in tutorial_cells():
+        save_cell(tmp_path / "results", one)
+    return tmp_path / "results"
+
+
+class _Page(HTMLParser):
+    """What a page asks of elsewhere, its ids and its links within."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.outside, self.ids, self.targets, self.tags = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        values = dict(attrs)
+        if "id" in values:
+            self.ids.append(values["id"])
+        for key in ("src", "href", "xlink:href"):
+            target = values.get(key)
+            if target and target.startswith("#"):
+                self.targets.append(target[1:])
+            elif target:
+                self.outside.append(target)
+
+
+def test_the_page_is_one_file_without_scripts_whose_links_lead_somewhere(results, tmp_path):
+    _, path = write_report([results], tmp_path / "out")
+    page = _Page(path.read_text(encoding="utf-8"))
+    assert page.outside == []
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not re.search(r"url\((?!#)|@import", path.read_text(encoding="utf-8"))
+    assert len(page.ids) == len(set(page.ids))
+    assert set(page.targets) <= set(page.ids)
+    assert page.tags.count("svg") >= 3
+
+
+def test_every_cell_is_in_both_forms_with_reason_and_conditions(results, tmp_path):
+    markdown, page = write_report([results], tmp_path / "out")
+    shown, text = page.read_text(encoding="utf-8"), markdown.read_text(encoding="utf-8")
+    for one in tutorial_cells():
+        assert one.name in shown
+        assert one.name in text
+    assert "RuntimeError: &lt;no&gt; kernel | image" in shown
+    assert r"RuntimeError: \<no> kernel \| image" in text
+    for words in ("0.9 GiB free of 22.0", "losses differ by 0.4", "out of memory", "NVIDIA H200", "580.1", "2.11.0"):
+        assert words in shown
+        assert words in text
+    assert "1980 → 1500 MHz, 400 → 650 W" in text
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert (tmp_path / "out" / target).is_file()
+    config = (tmp_path / "out" / "conditions" / "one-packloop-fused-6.yaml").read_text(encoding="utf-8")
+    assert "per_device_train_batch_size: 6" in config
+    assert "commit: abcdef0123456789" in config
+
+
+def test_a_wrong_cell_has_no_rate_in_any_table(results, tmp_path):
+    markdown, _ = write_report([results], tmp_path / "out")
+    (row,) = [line for line in markdown.read_text().splitlines() if "odd-4" in line and "wrong result" in line]
+    assert "30,000" not in markdown.read_text()
+    assert "losses differ" in row
+
+
+def test_charts_are_of_one_batch_and_of_the_best_batches():
+    groups = {group.title: [one.name for one in group.cells] for group in groups_of(tutorial_cells())}
+    assert groups == {
+        "llama2-7b, batch 4 x 2 micro-batches x 2048 tokens": ["eager-4", "fused-4", "odd-4", "bad-4", "liger"],
+        "llama2-7b, batch 6 x 2 micro-batches x 2048 tokens": ["eager-6", "fused-6"],
+        "llama2-7b, each at its best batch": ["eager-4", "fused-6", "odd-4", "bad-4", "liger"],
+    }
+
+
+def test_every_cell_is_in_a_chart_and_shapes_are_apart():
+    cells = [cell("a", batch=1), cell("b", batch=2), cell("c", shape="tiny")]
+    groups = groups_of(cells)
+    assert {one.name for group in groups for one in group.cells} == {"a", "b", "c"}
+    assert all(len({one.shape for one in group.cells}) == 1 for group in groups)
+
+
+def test_the_reference_is_the_eager_cell_that_has_a_rate():
+    assert reference_of(tutorial_cells()).name == "eager-4"
+    assert reference_of(tutorial_cells()[2:]) is None
+
+
+def test_sessions_are_never_in_one_chart(tmp_path):
+    cells = [cell("a", session="one"), cell("b", session="one"), cell("c", session="two"), cell("d", session="two")]
+    pictures = [block for block in build_report(cells).blocks if hasattr(block, "svg")]
+    for picture in pictures:
+        names = {name for name in "abcd" if f">{name}<" in picture.svg}
+        assert names in ({"a", "b"}, {"c", "d"})
+
+
+def test_pictures_beside_the_markdown_stand_alone(results, tmp_path):
+    write_report([results], tmp_path / "out")
+    files = list((tmp_path / "out" / "plots").glob("*.svg"))
+    assert len(files) >= 3
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        ElementTree.fromstring(text)
+        assert "var(" not in text
+        assert "currentColor" not in text
+
+
+def test_writing_it_again_gives_the_same(results, tmp_path):
+    first = [path.read_bytes() for path in write_report([results], tmp_path / "out")]
+    assert first == [path.read_bytes() for path in write_report([results], tmp_path / "again")]
+
+
+def test_a_directory_named_twice_counts_once(results):
+    assert len(gather_cells([results, results / ".." / "results"])) == 7
+
+
+def test_the_same_cell_in_two_directories_is_refused(results, tmp_path):
+    save_cell(tmp_path / "other", cell("eager-4"))
+    with pytest.raises(InputError, match="'eager-4' of session 'one' is given twice"):
+        write_report([results, tmp_path / "other"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrange", "words"),
+    [
+        (lambda path: None, "no such directory"),
+        (lambda path: path.mkdir(), "no cells"),
+        (lambda path: save_cell(path, cell("x")).write_text("{"), "cannot be read"),
+        (lambda path: save_cell(path, cell("x")).write_text('{"schema_version": 2}'), "schema version 2"),
+    ],
+)
+def test_results_that_cannot_be_read_get_one_line(tmp_path, capsys, monkeypatch, arrange, words):
+    arrange(tmp_path / "results")
+    arguments = ["packloop", "bench", "report", str(tmp_path / "results"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(results, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match="is a file"):
+        write_report([results], tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_without_matplotlib_the_command_to_install_it_is_named(results, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"pip install 'packloop\[bench\]'"):
+        write_report([results], tmp_path / "out")
+
+
+def test_cells_without_a_gpu_have_their_rows_too(tmp_path):
+    on_cpu = conditions(device="CPU", device_memory_gib=None, driver=None, cuda=None, before=None, after=None)
+    save_cell(tmp_path / "results", cell("a", conditions=on_cpu, memory=None))
+    markdown, _ = write_report([tmp_path / "results"], tmp_path / "out")
+    assert "device CPU" in markdown.read_text()
