@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packloop.kernels.extended_weight import ExtendedWeight
 from packloop.kernels.lora_linear import LoraGroup
-from packloop.kernels.nf4 import dequantize
+from packloop.kernels.nf4 import Nf4Group
 
 # Adapters join the weight's own product where their columns keep its rows aligned to 16 bytes.
 _RANK_ALIGNMENT = 8
@@ -32,6 +32,7 @@ class GroupWeights:
             raise ValueError("a group of linear layers is either all NF4 or all dense; this one is mixed")
         self._members, self._group, self._dtype = list(members), group, dtype
         self.is_quantised = is_nf4[0]
+        self._nf4 = Nf4Group(members) if self.is_quantised else None
         num_ranks = 0 if group.a_RH is None else group.a_RH.shape[0]
         self.extends = self.is_quantised and num_ranks > 0 and num_ranks % _RANK_ALIGNMENT == 0
         self._num_ranks = num_ranks if self.extends else 0
@@ -51,13 +52,9 @@ class GroupWeights:
             return self._kept
         if not self.is_quantised:
             return self._members
-        num_features = self._members[0].quant_state.shape[1]
+        num_features = self._nf4.shape[1]
         buffer = torch.empty(self._buffer_shape(), dtype=self._dtype, device=self._members[0].device)
-        row = 0
-        for weight in self._members:
-            num_rows = weight.quant_state.shape[0]
-            dequantize(weight, out=buffer[row : row + num_rows, :num_features])
-            row += num_rows
+        self._nf4.dequantize(buffer[: self._nf4.shape[0], :num_features])
         if not self.extends:
             return [buffer]
         extended = ExtendedWeight(buffer, self._group.out_features, num_features)
@@ -72,5 +69,5 @@ class GroupWeights:
         return self._kept
 
     def _buffer_shape(self) -> tuple[int, int]:
-        shapes = [tuple(weight.quant_state.shape) for weight in self._members]
-        return sum(rows for rows, _ in shapes) + self._num_ranks, shapes[0][1] + self._num_ranks
+        num_rows, num_columns = self._nf4.shape
+        return num_rows + self._num_ranks, num_columns + self._num_ranks

@@ -8,6 +8,7 @@ Source of the format: Dettmers et al., QLoRA, arXiv:2305.14314.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,7 @@ except ModuleNotFoundError:  # a CPU-only torch comes without Triton; bitsandbyt
 _BLOCK_WORDS = 1024
 _NUM_WARPS = 4
 _WORD_WEIGHTS = 8
+_WORD_BYTES = 4
 # Words are numbered in int32 (the divisions are cheaper), elements in int64.
 _MAX_WORDS = 2**31 - 1
 
@@ -36,41 +38,123 @@ if triton is not None:
 
     @triton.jit
     def _nf4_dequantize_kernel(
-        packed_ptr,
-        absmax_ptr,
-        absmax_code_ptr,
-        absmax2_ptr,
-        offset_ptr,
+        table_ptr,
         code_ptr,
         out_ptr,
-        num_words,
         words_per_row,
         out_stride,
         WORDS_PER_SCALE: tl.constexpr,
         SCALES_PER_SCALE2: tl.constexpr,
         NESTED: tl.constexpr,
-        STRIDED: tl.constexpr,
         BLOCK_WORDS: tl.constexpr,
     ):
-        words = tl.program_id(0) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-        inside = words < num_words
-        packed = tl.load(packed_ptr + words, mask=inside, other=0)
-        block = words // WORDS_PER_SCALE
-        if NESTED:
-            quantised = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-            absmax2 = tl.load(absmax2_ptr + block // SCALES_PER_SCALE2, mask=inside, other=0.0)
-            scale = tl.load(absmax_code_ptr + quantised) * absmax2 + tl.load(offset_ptr)
-        else:
-            scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
-        # Little-endian: weight j is nibble j ^ 1 of the word, the high nibble of a byte coming first.
-        weights = tl.arange(0, 8)
-        nibbles = (packed[:, None] >> ((weights ^ 1) * 4)[None, :]) & 15
-        values = tl.load(code_ptr + nibbles)  # a table of 64 bytes, through L1
-        if STRIDED:
-            starts = (words // words_per_row).to(tl.int64) * out_stride + (words % words_per_row) * 8
-        else:
-            starts = words.to(tl.int64) * 8
-        tl.store(out_ptr + starts[:, None] + weights[None, :], values * scale[:, None], mask=inside[:, None])
+        """One row of the table a weight: see `Nf4Group`."""
+        row = table_ptr + tl.program_id(1) * 7
+        num_words = tl.load(row).to(tl.int32)
+        first_word = tl.program_id(0) * BLOCK_WORDS
+        if first_word < num_words:
+            # 16 bytes is what the loads and stores of a thread need; the table is checked for it.
+            packed_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.int32)), 16)
+            words = first_word + tl.arange(0, BLOCK_WORDS)
+            inside = words < num_words
+            packed = tl.load(packed_ptr + words, mask=inside, other=0)
+            block = words // WORDS_PER_SCALE
+            if NESTED:
+                absmax_ptr = tl.load(row + 3).to(tl.pointer_type(tl.uint8))
+                absmax2_ptr = tl.load(row + 4).to(tl.pointer_type(tl.float32))
+                absmax_code_ptr = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+                offset = tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float32)))
+                quantised = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+                absmax2 = tl.load(absmax2_ptr + block // SCALES_PER_SCALE2, mask=inside, other=0.0)
+                scale = tl.load(absmax_code_ptr + quantised) * absmax2 + offset
+            else:
+                scale = tl.load(tl.load(row + 3).to(tl.pointer_type(tl.float32)) + block, mask=inside, other=0.0)
+            # Little-endian: weight j is nibble j ^ 1 of the word, the high nibble of a byte coming first.
+            weights = tl.arange(0, 8)
+            nibbles = (packed[:, None] >> ((weights ^ 1) * 4)[None, :]) & 15
+            values = tl.load(code_ptr + nibbles)  # a table of 64 bytes, through L1
+            rows = tl.load(row + 1) + words // words_per_row
+            starts = rows * out_stride + (words % words_per_row) * 8
+            tl.store(out_ptr + starts[:, None] + weights[None, :], values * scale[:, None], mask=inside[:, None])
+
+
+class Nf4Group:
+    """NF4 weights [O_i, I] of one I, one below the other: dequantised together, in one launch on a GPU.
+
+    weights: `Params4bit`, or pairs of packed bytes and their `QuantState`. Raises ValueError for a type other than NF4
+    or weights that do not fit together.
+    """
+
+    def __init__(self, weights: Sequence[Params4bit | tuple[Tensor, QuantState]]):
+        pairs = [weight if isinstance(weight, tuple) else (weight, weight.quant_state) for weight in weights]
+        self._packed = [weight.detach().reshape(-1).view(torch.uint8) for weight, _ in pairs]
+        self._states = [state for _, state in pairs]
+        for state in self._states:
+            if state.quant_type != "nf4":
+                raise ValueError(
+                    f"weight is quantised as {state.quant_type}; nf4 is needed (bnb_4bit_quant_type='nf4')"
+                )
+        alike = {(tuple(state.shape)[1:], state.blocksize, self._outer_blocksize(state)) for state in self._states}
+        if len(alike) > 1 or any(len(state.shape) != 2 for state in self._states):
+            given = [tuple(state.shape) for state in self._states]
+            raise ValueError(f"weights {given} are no group: one width and one block size are needed")
+        self.shape = (sum(state.shape[0] for state in self._states), self._states[0].shape[1])
+        self._table: Tensor | None = None
+
+    @staticmethod
+    def _outer_blocksize(state: QuantState) -> int | None:
+        return state.state2.blocksize if state.state2 is not None else None
+
+    def dequantize(self, out: Tensor) -> Tensor:
+        """Fills `out` [sum of O, I], which has adjacent columns and may have strided rows, rounding once to its dtype.
+
+        Raises ValueError for a wrong `out`.
+        """
+        if tuple(out.shape) != self.shape or out.stride(-1) != 1:
+            raise ValueError(
+                f"out has shape {tuple(out.shape)} and strides {out.stride()}; {self.shape} with adjacent columns is "
+                "needed"
+            )
+        if reference.serves(out) or self.shape[1] % _WORD_WEIGHTS:
+            row = 0
+            for packed, state in zip(self._packed, self._states):
+                part = out[row : row + state.shape[0]]
+                part.copy_(_dequantize_with_bitsandbytes(packed, state, out.dtype))
+                row += part.shape[0]
+            return out
+        if self._table is None:
+            self._table = self._make_table().to(out.device)
+        state = self._states[0]
+        largest = max(packed.numel() for packed in self._packed) // _WORD_BYTES
+        _nf4_dequantize_kernel[(triton.cdiv(largest, _BLOCK_WORDS), len(self._packed))](
+            self._table,
+            state.code,
+            out,
+            self.shape[1] // _WORD_WEIGHTS,
+            out.stride(0),
+            WORDS_PER_SCALE=state.blocksize // _WORD_WEIGHTS,
+            SCALES_PER_SCALE2=self._outer_blocksize(state) or 1,
+            NESTED=state.state2 is not None,
+            BLOCK_WORDS=_BLOCK_WORDS,
+            num_warps=_NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+        return out
+
+    def _make_table(self) -> Tensor:
+        """int64 [weights, 7]: words, first row; addresses of bytes, scales, the scales' own scales, code, offset."""
+        rows, first_row = [], 0
+        for packed, state in zip(self._packed, self._states):
+            num_words = packed.numel() // _WORD_BYTES
+            if num_words > _MAX_WORDS - _BLOCK_WORDS:
+                raise ValueError(f"weight has {num_words * _WORD_WEIGHTS} elements; below 2^34 are needed")
+            assert packed.data_ptr() % 16 == 0, "an allocator aligns to more than 16 bytes"
+            nested = (0, 0, 0)
+            if outer := state.state2:
+                nested = (outer.absmax.data_ptr(), outer.code.data_ptr(), state.offset.data_ptr())
+            rows.append((num_words, first_row, packed.data_ptr(), state.absmax.data_ptr(), *nested))
+            first_row += state.shape[0]
+        return torch.tensor(rows, dtype=torch.int64)
 
 
 def dequantize(
@@ -78,48 +162,13 @@ def dequantize(
 ) -> Tensor:
     """The dense weight [O, I] of a bitsandbytes `Params4bit`, or of its packed bytes and `QuantState`.
 
-    `out` [O, I] has adjacent columns and may have strided rows (rows of a joined buffer); without it a tensor of the
-    state's dtype is made. Rounds once, to `out`'s dtype. Raises ValueError for a type other than NF4 or a wrong `out`.
+    Into `out` as `Nf4Group.dequantize` fills it; without it a tensor of the state's dtype is made.
     """
-    state = weight.quant_state if quant_state is None else quant_state
-    shape = tuple(state.shape)
-    if state.quant_type != "nf4":
-        raise ValueError(f"weight is quantised as {state.quant_type}; nf4 is needed (bnb_4bit_quant_type='nf4')")
+    group = Nf4Group([weight if quant_state is None else (weight, quant_state)])
     if out is None:
-        out = torch.empty(shape, dtype=state.dtype, device=weight.device)
-    if tuple(out.shape) != shape or out.stride(-1) != 1:
-        raise ValueError(
-            f"out has shape {tuple(out.shape)} and strides {out.stride()}; {shape} with adjacent columns is needed"
-        )
-    packed = weight.detach().reshape(-1).view(torch.uint8)
-    row_weights = shape[-1]
-    if reference.serves(packed) or row_weights % _WORD_WEIGHTS or len(shape) != 2:
-        return out.copy_(_dequantize_with_bitsandbytes(packed, state, out.dtype))
-    packed = packed.view(torch.int32)
-    num_words = packed.numel()
-    if num_words > _MAX_WORDS - _BLOCK_WORDS:
-        raise ValueError(f"weight has {num_words * _WORD_WEIGHTS} elements; below 2^34 are needed")
-    nested = state.state2 is not None
-    _nf4_dequantize_kernel[(triton.cdiv(num_words, _BLOCK_WORDS),)](
-        packed,
-        state.absmax,
-        state.state2.code if nested else state.absmax,
-        state.state2.absmax if nested else state.absmax,
-        state.offset if nested else state.absmax,
-        state.code,
-        out,
-        num_words,
-        row_weights // _WORD_WEIGHTS,
-        out.stride(0),
-        WORDS_PER_SCALE=state.blocksize // _WORD_WEIGHTS,
-        SCALES_PER_SCALE2=state.state2.blocksize if nested else 1,
-        NESTED=nested,
-        STRIDED=out.stride(0) != row_weights,
-        BLOCK_WORDS=_BLOCK_WORDS,
-        num_warps=_NUM_WARPS,
-        enable_fp_fusion=False,
-    )
-    return out
+        state = weight.quant_state if quant_state is None else quant_state
+        out = torch.empty(group.shape, dtype=state.dtype, device=weight.device)
+    return group.dequantize(out)
 
 
 def _dequantize_with_bitsandbytes(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
