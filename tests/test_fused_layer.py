@@ -12,6 +12,7 @@ from packloop.engine.model import load_model
 from packloop.engine.optim import FlatParameters
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
+from packloop.kernels.lora_linear import _stacked_rows
 from packloop.kernels.patch import packed_loss_sum, patched, why_not_fused
 
 LENGTHS = (5, 19, 8)  # documents of a row, of which the last is padding
@@ -162,3 +163,31 @@ def test_head_in_chunks_equals_the_whole(monkeypatch):
     assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
     for a, b in zip(found, wanted, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradients_added_in_place_are_those_that_autograd_gets(small_base, dropout):
+    model, flat = make_model(small_base, quantization="nf4", targets="all-linear", dropout=dropout)
+    _, once = loss_and_gradient(model, flat, fused=True)
+    torch.manual_seed(7)
+    with patched(model, attention="sdpa", fused=True) as llama:
+        packed_loss_sum(llama, *micro_batch()).backward()
+        assert torch.equal(flat.gradient, once + once)  # a second micro-batch adds to the first
+        for parameter in flat.named.values():
+            parameter.grad = None
+        torch.manual_seed(7)
+        found = torch.autograd.grad(packed_loss_sum(llama, *micro_batch()), list(flat.named.values()))
+    for name, gradient in zip(flat.named, found):
+        torch.testing.assert_close(gradient, flat.view(once, name), rtol=1e-5, atol=1e-7)
+
+
+def test_adapters_on_one_input_have_their_gradients_in_one_piece(small_base):
+    model, _ = make_model(small_base, quantization="none", targets="all-linear")
+    attention = model.base_model.model.model.layers[1].self_attn
+    gradients = [getattr(attention, name).lora_A["default"].weight.grad for name in ("q_proj", "k_proj", "v_proj")]
+    stacked = _stacked_rows(gradients)
+    assert stacked.shape == (24, 64)
+    stacked.fill_(3.0)
+    assert all((gradient == 3.0).all() for gradient in gradients)
+    assert _stacked_rows([gradients[0], gradients[2]]) is None
+    assert _stacked_rows([torch.zeros(2, 4), torch.zeros(2, 4)]) is None

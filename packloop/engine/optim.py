@@ -21,7 +21,7 @@ class FlatParameters:
     """Moves every trainable parameter of `model` (and its gradient) into one flat buffer.
 
     weight, gradient: fp32 [num_elements]. Each parameter's `.data` and `.grad` become views of them, in the order of
-    `named_parameters`; alignment gaps stay zero. float64 models keep float64 (for tests of exactness). Raises
+    `_side_by_side`; alignment gaps stay zero. float64 models keep float64 (for tests of exactness). Raises
     ValueError where a trainable parameter is kept in fewer than 32 bits: updates of 1e-4 of a bf16 weight would be
     rounded away.
     """
@@ -36,9 +36,9 @@ class FlatParameters:
         first = next(iter(self.named.values()))
         self.offsets: dict[str, int] = {}
         size = 0
-        for name, parameter in self.named.items():
+        for name in _side_by_side(list(self.named)):
             self.offsets[name] = size
-            size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            size += -(-self.named[name].numel() // _ALIGNMENT) * _ALIGNMENT
         self.weight = nn.Parameter(torch.zeros(size, dtype=first.dtype, device=first.device))
         self.gradient = torch.zeros_like(self.weight, requires_grad=False)
         self.weight.grad = self.gradient
@@ -63,6 +63,18 @@ class FlatParameters:
             assert parameter.data_ptr() == self.view(self.weight.data, name).data_ptr(), f"{name} left the flat buffer"
             assert parameter.grad is not None, f"{name} lost its gradient buffer"
             assert parameter.grad.data_ptr() == self.view(self.gradient, name).data_ptr(), f"{name}.grad left it"
+
+
+def _side_by_side(names: list[str]) -> list[str]:
+    """The names with adapters of one module's layers together, all A before all B.
+
+    Layers that share an input then have their A's gradients in one piece, which one product can add to.
+    """
+    blocks = {name: name.partition(".lora_")[0].rpartition(".")[0] for name in names}
+    first = {}
+    for index, name in enumerate(names):
+        first.setdefault(blocks[name], index)
+    return sorted(names, key=lambda name: (first[blocks[name]], ".lora_B" in name))
 
 
 class AdamW:

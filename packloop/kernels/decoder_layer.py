@@ -54,7 +54,7 @@ class Batch:
 class FusedLayer:
     """One layer's frozen parts and adapters, as the function takes them.
 
-    masters: the adapters' fp32 parameters, for each group and member A then B, in the order gradients are returned.
+    masters: the adapters' fp32 parameters, for each group and member A then B.
     """
 
     index: int
@@ -251,23 +251,51 @@ def _forward(
     return kept, x2, out
 
 
+class _Gradients:
+    """Where a layer's adapters' gradients are added up: in the masters' own `.grad`, or where one has none, anew.
+
+    a, b: of each group, float32 like the masters, A's of the members that have adapters and B's of all (or None).
+    for_autograd: what the function returns for each master, None for those whose gradient is in place already.
+    """
+
+    def __init__(self, layer: FusedLayer):
+        self.a: dict[str, list[Tensor]] = {}
+        self.b: dict[str, list[Tensor | None]] = {}
+        self.for_autograd: list[Tensor | None] = []
+        masters = iter(layer.masters)
+        for group in GROUPS:
+            self.a[group], self.b[group] = [], []
+            for _, _, b_Or in layer.groups[group].members():
+                if b_Or is not None:
+                    self.a[group].append(self._place(next(masters)))
+                self.b[group].append(None if b_Or is None else self._place(next(masters)))
+
+    def _place(self, master: Tensor) -> Tensor:
+        wide = torch.promote_types(master.dtype, torch.float32)
+        if master.grad is not None and master.grad.dtype == wide:
+            self.for_autograd.append(None)
+            return master.grad
+        self.for_autograd.append(torch.zeros(master.shape, dtype=wide, device=master.device))
+        return self.for_autograd[-1]
+
+
 def _backward(
     layer: FusedLayer, batch: Batch, weights: _Weights, kept: _Activations, d_out: Tensor, *, needs_dx: bool
-) -> tuple[Tensor | None, list[Tensor]]:
-    """(gradient of x1, gradients of the masters in their order) from the one gradient of (x2 + output)."""
-    a_gradients: dict[str, Tensor] = {}
-    b_gradients: dict[str, list[Tensor | None]] = {}
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(gradient of x1, gradients of the masters that autograd is to add up) from the one gradient of (x2 + output)."""
+    gradients = _Gradients(layer)
     d_projected: dict[str, Tensor | None] = {}
 
     def output_gradient(group: str, dy_wide: Tensor) -> None:
         """B's gradients, and the gradient of the projections, written into the spare columns where there are some."""
         num_outputs = sum(layer.groups[group].out_features)
-        d_projected[group], b_gradients[group] = lora_b_gradients(
+        d_projected[group], _ = lora_b_gradients(
             dy_wide[:, :num_outputs],
             kept.projected.get(group),
             layer.groups[group],
             layer.dropout(batch, group),
             out=dy_wide[:, num_outputs:] if dy_wide.shape[1] > num_outputs else None,
+            into=gradients.b[group],
         )
 
     def input_gradient(group: str, dy_wide: Tensor) -> Tensor:
@@ -281,7 +309,8 @@ def _backward(
         return lora_input_gradient(dy_wide[:, :num_outputs], d_projected[group], weight, layer.groups[group], dropout)
 
     def a_gradient(group: str, x: Tensor) -> None:
-        a_gradients[group] = lora_a_gradient(d_projected[group], x, layer.groups[group], layer.dropout(batch, group))
+        adapters, dropout = layer.groups[group], layer.dropout(batch, group)
+        lora_a_gradient(d_projected[group], x, adapters, dropout, into=gradients.a[group])
 
     def normed(group: str, x: Tensor) -> Tensor:
         """The group's input, as kept or built again."""
@@ -321,7 +350,7 @@ def _backward(
         # The layer before has this gradient as its output's, whose product takes spare columns too.
         _, d_x1 = _gradient_buffer(d_n1, layer.spare_columns("down"))
         add_rms_norm_backward(d_n1, d_x2, kept.x1, layer.norm1_H, kept.rstd1, d_residual=d_x1)
-    return d_x1, _in_master_order(layer, a_gradients, b_gradients)
+    return d_x1, gradients.for_autograd
 
 
 def _gradient_buffer(dx: Tensor, num_spare: int) -> tuple[Tensor, Tensor]:
@@ -339,17 +368,6 @@ def _with_spare_columns(gradient: Tensor, num_spare: int) -> Tensor:
         same_place = wide.data_ptr() == gradient.data_ptr() and wide.stride() == gradient.stride()
         return wide if same_place else gradient
     return gradient
-
-
-def _in_master_order(
-    layer: FusedLayer, a_gradients: dict[str, Tensor], b_gradients: dict[str, list[Tensor | None]]
-) -> list[Tensor]:
-    ordered = []
-    for group in GROUPS:
-        for (_, ranks, b_Or), d_b in zip(layer.groups[group].members(), b_gradients[group], strict=True):
-            if b_Or is not None:
-                ordered += [a_gradients[group][ranks], d_b]
-    return ordered
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -377,7 +395,8 @@ def decoder_layer(
 ) -> tuple[Tensor, Tensor]:
     """(x2, output) of the layer for the sum residual + update; the layer's result is x2 + output, left unsummed.
 
-    Nothing given is mutated. The two results must enter whatever follows only as their sum (as `add_rms_norm` and the
-    next layer do): backward uses the one gradient that both then have. Gradients reach the masters in their dtype.
+    Nothing given is mutated; backward adds to `.grad` of the masters that have one, without autograd's hooks, and to
+    the others as autograd does. The two results must enter whatever follows only as their sum (as `add_rms_norm` and
+    the next layer do): backward uses the one gradient that both then have.
     """
     return _DecoderLayer.apply(residual_TH, update_TH, layer, batch, *layer.masters)

@@ -146,12 +146,13 @@ def lora_b_gradients(
     dropout: Dropout | None,
     *,
     out: Tensor | None = None,
+    into: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """`(d_projected [T, R], [dB or None for each member])`: what backward can do without the group's input.
 
-    `out`, when given, receives d_projected.
+    `out`, when given, receives d_projected; dB is added to the tensors `into`, float32 [O_i, r], which are returned.
     """
-    b_gradients: list[Tensor | None] = [None] * len(group.out_features)
+    b_gradients: list[Tensor | None] = [None] * len(group.out_features) if into is None else list(into)
     if projected_TR is None:
         return None, b_gradients
     d_projected_TR = (
@@ -161,16 +162,55 @@ def lora_b_gradients(
     for index, (columns, ranks, b_Or) in enumerate(group.members()):
         if b_Or is not None:
             d_projected_TR[:, ranks].addmm_(dy_TO[:, columns], b_Or, beta=0, alpha=scale)
-            b_gradients[index] = _wide_product(dy_TO[:, columns].T, projected_TR[:, ranks])
+            b_gradients[index] = _wide_product(dy_TO[:, columns].T, projected_TR[:, ranks], b_gradients[index])
     return d_projected_TR, b_gradients
 
 
 @torch.no_grad()
-def lora_a_gradient(d_projected_TR: Tensor, x_TH: Tensor, group: LoraGroup, dropout: Dropout | None) -> Tensor:
-    """`d_projected^T (mask * x)` [R, H] in float32: the gradients of the group's A, stacked."""
-    if _is_fused(x_TH, group, dropout):
-        return dropout_weight_gradient(d_projected_TR, x_TH, dropout.p, dropout.seed, stream=dropout.stream)
-    return _wide_product(d_projected_TR.T, _kept(x_TH, dropout))
+def lora_a_gradient(
+    d_projected_TR: Tensor,
+    x_TH: Tensor,
+    group: LoraGroup,
+    dropout: Dropout | None,
+    *,
+    into: Sequence[Tensor] | None = None,
+) -> Tensor | None:
+    """`d_projected^T (mask * x)` [R, H] in float32: the gradients of the group's A, stacked.
+
+    They are added to the tensors `into`, float32 [r, H] for each adapter, and not returned, where those are given.
+    """
+    fused = _is_fused(x_TH, group, dropout)
+    if into is None:
+        if fused:
+            return dropout_weight_gradient(d_projected_TR, x_TH, dropout.p, dropout.seed, stream=dropout.stream)
+        return _wide_product(d_projected_TR.T, _kept(x_TH, dropout))
+    ranks = [adapter.shape[0] for adapter in into]
+    # What lies in one piece is one product.
+    stacked = _stacked_rows(into)
+    targets, widths = (into, ranks) if stacked is None else ([stacked], [sum(ranks)])
+    if fused:
+        da_RH = dropout_weight_gradient(d_projected_TR, x_TH, dropout.p, dropout.seed, stream=dropout.stream)
+        for target, gradient in zip(targets, da_RH.split(widths)):
+            target.add_(gradient)
+        return None
+    kept_TH = _kept(x_TH, dropout)
+    for target, columns in zip(targets, d_projected_TR.split(widths, dim=1)):
+        _wide_product(columns.T, kept_TH, target)
+    return None
+
+
+def _stacked_rows(parts: Sequence[Tensor]) -> Tensor | None:
+    """One view of matrices whose rows follow one another in memory; None where they do not."""
+    first, follows = parts[0], parts[0].data_ptr()
+    for part in parts:
+        alike = part.is_contiguous() and part.shape[1] == first.shape[1] and part.dtype == first.dtype
+        if not alike or part.data_ptr() != follows:
+            return None
+        follows += part.nbytes
+    # Neighbours of different allocations are none: a view reaches no further than its storage.
+    if any(part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for part in parts):
+        return None
+    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), first.stride())
 
 
 @torch.no_grad()
@@ -196,9 +236,12 @@ def lora_input_gradient(
     return dx_TH.add_(_kept(d_projected_TR @ group.a_RH, dropout))
 
 
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, summed and returned in at least float32."""
+def _wide_product(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
+    """left @ right in at least float32, added to `total` in place where one is given."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
+        if total is None:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     dtype = torch.promote_types(left.dtype, torch.float32)
-    return left.to(dtype) @ right.to(dtype)
+    product = left.to(dtype) @ right.to(dtype)
+    return product if total is None else total.add_(product)
