@@ -6,10 +6,12 @@ test_kernels_interpreted.py does. float32 only, for the same reasons; bf16 and l
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
 import sys
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -212,3 +214,20 @@ def test_refuses_what_it_cannot_read():
         DocumentAttention().forward(*[torch.zeros(4, 2, 24)] * 3, layout, SCALE)
     with pytest.raises(ValueError, match=r"scale -1"):
         DocumentAttention().forward(q, q, q, layout, -1)
+
+
+@interpreted
+def test_a_graph_that_is_dropped_is_freed_without_the_garbage_collector():
+    """The function saves its own output; held by the graph's node itself it would keep its graph, and all in it."""
+    gc.disable()
+    try:
+        q, k, v = (torch.randn(20, 2, 16, requires_grad=True) for _ in range(3))
+        bounds = torch.tensor([0, 8, 20], dtype=torch.int32)
+        layout = DocumentLayout(torch.zeros(1, 20, dtype=torch.int32), bounds, 12, True, bounds)
+        before = q * 1.0
+        out = DocumentAttention()(before, k, v, layout, 0.25)
+        held = weakref.ref(before)
+        del before, out
+        assert held() is None
+    finally:
+        gc.enable()

@@ -15,20 +15,25 @@ from packloop.kernels.attention import DocumentLayout
 
 
 class _Differentiable(torch.autograd.Function):
-    """A backend's forward and backward as autograd sees them."""
+    """A backend's forward and backward as autograd sees them; what the backend saves is a tuple."""
 
     @staticmethod
     def forward(ctx, q_THD, k_TKD, v_TKD, backend, layout, scale):
-        out_THD, ctx.saved = backend.forward(q_THD, k_TKD, v_TKD, layout, scale)
-        ctx.save_for_backward(q_THD, k_TKD, v_TKD)
-        ctx.backend, ctx.layout, ctx.scale = backend, layout, scale
+        out_THD, saved = backend.forward(q_THD, k_TKD, v_TKD, layout, scale)
+        # The output is among what is saved: held by ctx itself it would hold its own graph, and be freed by no one.
+        is_tensor = [isinstance(value, Tensor) for value in saved]
+        ctx.save_for_backward(q_THD, k_TKD, v_TKD, *(value for value in saved if isinstance(value, Tensor)))
+        ctx.others = [None if tensor else value for value, tensor in zip(saved, is_tensor)]
+        ctx.is_tensor, ctx.backend, ctx.layout, ctx.scale = is_tensor, backend, layout, scale
         return out_THD
 
     @staticmethod
     def backward(ctx, d_out):
-        q, k, v = ctx.saved_tensors
+        q, k, v, *tensors = ctx.saved_tensors
+        tensors = iter(tensors)
+        saved = tuple(next(tensors) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others))
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        ctx.backend.backward(ctx.saved, d_out.contiguous(), q, k, v, ctx.layout, ctx.scale, dq, dk, dv)
+        ctx.backend.backward(saved, d_out.contiguous(), q, k, v, ctx.layout, ctx.scale, dq, dk, dv)
         return dq, dk, dv, None, None, None
 
 
