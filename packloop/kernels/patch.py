@@ -67,7 +67,8 @@ def patched(
     only their input and recompute the rest in the backward pass. fused: whole layers as one function; ValueError
     where `why_not_fused` gives a reason. Fused only: cached_layers: how many layers, from the first, keep their NF4
     weights dequantised; keep_inputs_layers: how many, from the last, keep the products' inputs that backward else
-    rebuilds. Raises ValueError where a stock signature is not the one expected.
+    rebuilds. Raises ValueError where a stock signature is not the one expected, or where RoPE's frequencies were cast
+    to fewer than 32 bits.
     """
     llama = find_llama(model)
     attend = load_backend(attention)
@@ -76,6 +77,12 @@ def patched(
         raise ValueError("no LlamaAttention found in the model, so there is nothing to replace")
     for module in (llama.model, attentions[0]):
         _check_signature(module)
+    frequencies = llama.model.rotary_emb.inv_freq.dtype
+    if frequencies not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"rotary_emb.inv_freq is {frequencies}, which loses the angles of far positions; float32 is needed: give "
+            "from_pretrained the dtype instead of casting the loaded model"
+        )
     if fused:
         if reason := why_not_fused(model):
             raise ValueError(f"kernels.layer=fused: {reason}; use kernels.layer=stock")
@@ -253,9 +260,18 @@ def _dropout_of(llama_model: LlamaModel) -> float:
 
 
 def rope_tables(llama_model: LlamaModel, position_ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, L, D] of the positions in fp32 (fp64 for an fp64 model), where stock code rounds to its dtype."""
+    """cos and sin [B, L, D] of the positions in fp32 (fp64 for an fp64 model), where stock code rounds to its dtype.
+
+    Angles are products of numbers in fp64. Stock code's are a matrix product in fp32, which TF32 may round: that holds
+    no odd position above 2048.
+    """
+    rotary = llama_model.rotary_emb
     dtype = torch.promote_types(llama_model.norm.weight.dtype, torch.float32)
-    return llama_model.rotary_emb(torch.empty((), dtype=dtype, device=position_ids_BL.device), position_ids_BL)
+    if rotary.rope_type != "default":  # its frequencies may depend on the longest position, and are set by a call
+        rotary(torch.empty((), dtype=dtype, device=position_ids_BL.device), position_ids_BL)
+    angles = position_ids_BL[..., None].double() * rotary.inv_freq.to(position_ids_BL.device).double()
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * rotary.attention_scaling).to(dtype), (angles.sin() * rotary.attention_scaling).to(dtype)
 
 
 def apply_rope(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
@@ -281,10 +297,22 @@ def _replace_forward(module: nn.Module, forward) -> None:
 
 def _model_forward(stock_forward, run_layers):
     def forward(
-        self: LlamaModel, input_ids=None, position_ids=None, *args, layout: DocumentLayout | None = None, **kwargs
+        self: LlamaModel,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        *args,
+        layout: DocumentLayout | None = None,
+        **kwargs,
     ):
         if layout is None:
-            return stock_forward(input_ids, *args, position_ids=position_ids, **kwargs)
+            return stock_forward(input_ids, attention_mask, position_ids, *args, **kwargs)
+        given = {"attention_mask": attention_mask, **kwargs}
+        ignored = [name for name, value in given.items() if value is not None and name != "use_cache"]
+        if args or ignored:
+            raise ValueError(
+                f"layout says which slots see each other; {', '.join(ignored) or 'what else is given'} would be ignored"
+            )
         hidden_BLH = run_layers(self, self.embed_tokens(input_ids), position_ids, layout)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BLH)
 
