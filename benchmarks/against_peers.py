@@ -1,282 +1,229 @@
 """packloop and another package on the same job, in turns: ours, theirs, theirs, ours.
 
-python benchmarks/against_peers.py CASE --work DIR --tokenizer DIR --data FILE --output JSON
+python benchmarks/against_peers.py CASE... --work DIR --tokenizer DIR --data FILE --output-dir DIR
 
-Each turn is a process of its own that loads its model, warms up and times its steps; --work holds the checkpoint that
-the peers load, written once, and the logs. `--dry-run tiny` goes through the same motions on a CPU with a model of no
-use, to try the chain where there is no GPU; what cannot run there becomes a row that says so.
+Each side is one process that loads its model once; while one trains, the other waits with little more than its weights
+on the GPU. A case leaves CASE.json and, for `packloop bench report`, the directory CASE. `--sweep 2,4,8` tries batches
+instead of taking turns, to find each side's best. --work holds the checkpoint that the peers load, written once, and
+the logs. `--dry-run tiny` goes through the same motions on a CPU with a model of no use, to try the chain where there
+is no GPU; what cannot run there becomes a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import fcntl
 import importlib.util
 import json
-import os
 import shlex
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-OURS = "benchmarks.peers.ours"
-PEERS = {"trl": "benchmarks.peers.trl_sft", "unsloth": "benchmarks.peers.unsloth_sft"}
-_QV = "--targets qv --dropout 0.1"
-_ALL = "--targets all-linear --dropout 0"
-_LIGER = "--liger --attention flash_attention_2"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.peers.cases import CASES, OURS, PEERS
+from benchmarks.peers.process import AbsentProcess, LiveProcess, environment
+from benchmarks.peers.protocol import is_measured
+from benchmarks.peers.summary import describe, judge, table
+from benchmarks.peers.sweep import best_batches
 
-@dataclass(frozen=True)
-class Case:
-    """One comparison. peers: name -> options, the default first; extras: further runs of ours, each once."""
-
-    ours: str
-    peers: dict[str, str]
-    bound: float
-    extras: dict[str, str] = field(default_factory=dict)
-
-
-CASES = {
-    "tutorial-eager": Case(
-        ours=f"{_QV} --batch 8",
-        peers={"trl": f"{_QV} --batch 4 --packing wrapped --attention eager --checkpointing"},
-        bound=3.7,
-        extras={
-            "at the peer's batch": f"{_QV} --batch 4",
-            "eager": f"{_QV} --batch 4 --packing wrapped --attention eager --stock --recompute-layers all",
-        },
-    ),
-    "qv-liger": Case(
-        ours=f"{_QV} --batch 8",
-        peers={
-            "trl": f"{_QV} --batch 4 {_LIGER} --no-checkpointing",
-            "unsloth": f"{_QV} --batch 4 --no-checkpointing",
-        },
-        bound=1.2,
-    ),
-    "all-linear-unsloth": Case(
-        ours=f"{_ALL} --batch 8",
-        peers={
-            "unsloth": f"{_ALL} --batch 4 --no-checkpointing",
-            "trl": f"{_ALL} --batch 4 {_LIGER} --no-checkpointing",
-        },
-        bound=1.2,
-    ),
-    "cap22-qv": Case(
-        ours=f"{_QV} --batch 2 --memory-cap-gib 22",
-        peers={
-            "trl": f"{_QV} --batch 2 {_LIGER} --no-checkpointing --memory-cap-gib 22",
-            "unsloth": f"{_QV} --batch 2 --no-checkpointing --memory-cap-gib 22",
-        },
-        bound=1.15,
-    ),
-    "cap22-all-linear": Case(
-        ours=f"{_ALL} --batch 2 --memory-cap-gib 22",
-        peers={
-            "unsloth": f"{_ALL} --batch 2 --no-checkpointing --memory-cap-gib 22",
-            "trl": f"{_ALL} --batch 6 {_LIGER} --checkpointing --memory-cap-gib 22",
-        },
-        bound=1.15,
-    ),
-}
 # What a dry run changes: later options win over earlier ones.
 _DRY_SHARED = "--length 64 --batch 1 --steps 1 --warmup 1"
 _DRY_TRL = "--attention sdpa"
+_RECOMPUTING = ", recomputing"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=CASES)
+    parser.add_argument("cases", choices=CASES, nargs="+", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--work", type=Path, required=True, help="directory for the checkpoint and the logs")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory")
     parser.add_argument("--data", type=Path, required=True, help="JSON rows with the fields instruction and output")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output-dir", type=Path, required=True, help="directory for the results")
     parser.add_argument("--shape", default="llama2-7b")
-    parser.add_argument("--peer", choices=PEERS, help="the case's other peer than its first")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each process, after 3 to warm up")
+    parser.add_argument("--peer", choices=PEERS, help="another peer of the case than its first")
+    parser.add_argument("--steps", type=int, help="timed steps of a turn, default 10, of a batch in a sweep 4")
+    parser.add_argument("--warmup", type=int, help="steps before them, default 3, in a sweep 2")
     parser.add_argument("--ours-args", default="", help="options put after the case's own for packloop")
     parser.add_argument("--peer-args", default="", help="options put after the case's own for the peer")
     parser.add_argument("--turns", default="ABBA", help="A is packloop, B the peer")
-    parser.add_argument("--floor", action="store_true", help="packloop's runs time the floor of each step too")
+    parser.add_argument("--floor", action="store_true", help="packloop's turns A time the floor of each step too")
     parser.add_argument("--no-extras", action="store_true", help="only the turns")
-    parser.add_argument("--timeout-s", type=float, default=240, help="for each process")
+    parser.add_argument("--sweep", type=_batches, metavar="B,B,...", help="try these batches instead of taking turns")
+    parser.add_argument("--sweep-side", choices=("A", "B"), help="only this side; default both")
+    parser.add_argument(
+        "--checkpointing-too", action="store_true", help="in a sweep, the peer with recomputation as well"
+    )
+    parser.add_argument("--timeout-s", type=float, default=240, help="for each side's start and for each turn")
+    parser.add_argument("--commit", help="of this source, where git cannot tell")
     parser.add_argument("--dry-run", choices=("tiny",))
     arguments = parser.parse_args(argv)
-    peers = CASES[arguments.case].peers
-    if set(arguments.turns) - set("AB"):
+    if not arguments.turns or set(arguments.turns) - set("AB"):
         parser.error(f"--turns {arguments.turns}: a word of the letters A and B is needed")
-    if arguments.peer and arguments.peer not in peers:
-        parser.error(f"{arguments.case} has no options for {arguments.peer}; it has {', '.join(peers)}")
+    for case in arguments.cases:
+        if arguments.peer and arguments.peer not in CASES[case].peers:
+            parser.error(f"{case} has no options for {arguments.peer}; it has {', '.join(CASES[case].peers)}")
     return arguments
 
 
+def _batches(text: str) -> list[int]:
+    try:
+        batches = [int(word) for word in text.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or min(batches) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers of packs are needed, as in 2,4,8")
+    return batches
+
+
 class Comparison:
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments, self.case = arguments, CASES[arguments.case]
+    """One case: its two sides, and the rows of their turns."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace):
+        self.name, self.arguments, self.case = name, arguments, CASES[name]
         self.peer = arguments.peer or next(iter(self.case.peers))
         self.is_dry = arguments.dry_run is not None
         self.shape = arguments.dry_run or arguments.shape
-        self.checkpoint = arguments.work.resolve() / f"checkpoint-{self.shape}"
+        self.work = arguments.work.resolve()
+        self.checkpoint = self.work / f"checkpoint-{self.shape}"
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:
         """Every turn, in order; returns what is written as JSON."""
-        (self.arguments.work / "logs").mkdir(parents=True, exist_ok=True)
-        for turn in self.arguments.turns:
-            self._turn(turn, self._ours(self.case.ours) if turn == "A" else self._theirs())
-        for name, options in {} if self.arguments.no_extras else self.case.extras.items():
-            self._turn(f"ours, {name}", self._ours(options))
+        turns = self._sweep_turns() if self.arguments.sweep else self._turns()
+        with ExitStack() as stack:
+            sides: dict[str, LiveProcess | AbsentProcess] = {}
+            for side in dict.fromkeys(side for _, side, _ in turns):
+                sides[side] = self._side(side)
+                stack.callback(sides[side].close)
+                sides[side].start()
+            # Nobody is timed while somebody else still loads.
+            for side in sides.values():
+                self._say_ready(side)
+            for turn, side, options in turns:
+                self._take(turn, sides[side], options)
         return {
-            "case": self.arguments.case,
+            "case": self.name,
             "shape": self.shape,
-            "bound": self.case.bound,
-            **ratios(self.rows),
+            "session": self._session(),
+            "verdicts": [] if self.arguments.sweep else judge(self.case, self.rows),
             "rows": self.rows,
         }
 
-    def _ours(self, options: str) -> list[str]:
-        command = [OURS, *self._shared(options), "--shape", self.shape]
-        command += ["--tokenizer", str(self.arguments.tokenizer.resolve())]
-        return [*command, *["--floor"] * self.arguments.floor, *shlex.split(self.arguments.ours_args)]
+    def _turns(self) -> list[tuple[str, str, list[str]]]:
+        """(turn, side, options put after those that the side began with)."""
+        of_a = ["--floor"] * self.arguments.floor
+        turns = [(turn, turn, of_a if turn == "A" else []) for turn in self.arguments.turns]
+        extras = () if self.arguments.no_extras else self.case.extras
+        return turns + [(name, "A", shlex.split(options)) for name, options in extras]
 
-    def _theirs(self) -> list[str]:
-        command = [PEERS[self.peer], *self._shared(self.case.peers[self.peer]), "--model", str(self.checkpoint)]
+    def _sweep_turns(self) -> list[tuple[str, str, list[str]]]:
+        sides = [self.arguments.sweep_side] if self.arguments.sweep_side else ["A", "B"]
+        recomputes = "--checkpointing" in shlex.split(self.case.peers[self.peer])
+        if "B" in sides and self.arguments.checkpointing_too and not recomputes:
+            sides.append("B" + _RECOMPUTING)
+        return [(side, side, ["--batch", str(batch)]) for side in sides for batch in self.arguments.sweep]
+
+    def _take(self, turn: str, side: LiveProcess | AbsentProcess, options: list[str]) -> None:
+        row = side.turn(options)
+        if self.arguments.sweep:
+            turn = side.who + (_RECOMPUTING if turn.endswith(_RECOMPUTING) else "")
+            row["batch"] = int(options[-1])
+        self.rows.append({"turn": turn, **row})
+        print(describe(self.rows[-1]), flush=True)
+
+    def _say_ready(self, side: LiveProcess | AbsentProcess) -> None:
+        ready = side.wait_ready()
+        if is_measured(ready):
+            print(f"{side.who} is ready after {ready['start_s']:.0f} s, holds {ready['held_gib']:.1f} GiB", flush=True)
+
+    def _side(self, side: str) -> LiveProcess | AbsentProcess:
+        if side == "A":
+            words = [OURS, *self._shared(self.case.ours), "--shape", self.shape]
+            words += ["--tokenizer", str(self.arguments.tokenizer.resolve())]
+            return self._process("packloop", [*words, *shlex.split(self.arguments.ours_args)])
+        words = [PEERS[self.peer], *self._shared(self.case.peers[self.peer]), "--model", str(self.checkpoint)]
         if self.is_dry and self.peer == "trl":
-            command = [word for word in command if word != "--liger"] + shlex.split(_DRY_TRL)
-        return [*command, *shlex.split(self.arguments.peer_args)]
+            words = [word for word in words if word != "--liger"] + shlex.split(_DRY_TRL)
+        words += shlex.split(self.arguments.peer_args)
+        who = {"trl": "TRL + Liger" if "--liger" in words else "TRL", "unsloth": "Unsloth"}[self.peer]
+        if reason := self._why_not() or self._write_checkpoint():
+            return AbsentProcess(who, reason)
+        return self._process(who, [*words, "--checkpointing"] if side.endswith(_RECOMPUTING) else words)
+
+    def _process(self, who: str, words: list[str]) -> LiveProcess:
+        variables = environment()
+        if self.is_dry and words[0] == PEERS["trl"]:  # its head is a Triton kernel, which a CPU can only interpret
+            variables["TRITON_INTERPRET"] = "1"
+        name = f"{self.name}-{words[0].rpartition('.')[2]}" + "-recomputing" * (words[-1] == "--checkpointing")
+        return LiveProcess(who, words, name=name, work=self.work, timeout_s=self.arguments.timeout_s, env=variables)
 
     def _shared(self, options: str) -> list[str]:
         words = [*shlex.split(options), "--data", str(self.arguments.data.resolve())]
-        return words + (shlex.split(_DRY_SHARED) if self.is_dry else ["--steps", str(self.arguments.steps)])
+        steps, warmup = (4, 2) if self.arguments.sweep else (10, 3)
+        words += ["--steps", str(self.arguments.steps or steps), "--warmup", str(self.arguments.warmup or warmup)]
+        words += ["--commit", self.arguments.commit] if self.arguments.commit else []
+        return words + (shlex.split(_DRY_SHARED) if self.is_dry else [])
 
-    def _turn(self, turn: str, command: list[str]) -> None:
-        reason = self._why_not(command[0])
-        if reason is None and command[0] != OURS and not self.checkpoint.exists():
-            self._write_checkpoint()
-        row = {"skipped": reason} if reason else self._process(turn, command)
-        self.rows.append({"turn": turn, "who": self._name(command[0]), **row})
-        print(describe(self.rows[-1]), flush=True)
-
-    def _why_not(self, module: str) -> str | None:
-        package = next((name for name, known in PEERS.items() if known == module), None)
-        if package == "unsloth" and self.is_dry:
+    def _why_not(self) -> str | None:
+        if self.peer == "unsloth" and self.is_dry:
             return "Unsloth needs a GPU"
-        if package and importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
+        if importlib.util.find_spec(self.peer) is None:
+            return f"{self.peer} is not installed"
         return None
 
-    def _name(self, module: str) -> str:
-        return "packloop" if module == OURS else self.peer
+    def _write_checkpoint(self) -> str | None:
+        """Unless it is there, or another driver on this machine is writing it; returns the reason if it fails."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(f"{self.checkpoint}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.checkpoint.exists():
+                return None
+            partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
+            words = ["benchmarks.peers.shapes", self.shape, str(partial)]
+            words += ["--tokenizer", str(self.arguments.tokenizer.resolve())]
+            done = subprocess.run(
+                [sys.executable, "-m", *words], env=environment(), text=True, capture_output=True, check=False
+            )
+            if done.returncode:
+                return f"its checkpoint was not written: {done.stderr.strip().splitlines()[-1:]}"
+            partial.rename(self.checkpoint)
+        return None
 
-    def _write_checkpoint(self) -> None:
-        partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
-        command = ["benchmarks.peers.shapes", self.shape, str(partial)]
-        self._python(
-            [*command, "--tokenizer", str(self.arguments.tokenizer.resolve())], "checkpoint"
-        ).check_returncode()
-        partial.rename(self.checkpoint)
-
-    def _process(self, turn: str, command: list[str]) -> dict[str, Any]:
-        start = time.perf_counter()
-        try:
-            done = self._python(command, f"{len(self.rows)}-{turn}-{self._name(command[0])}")
-        except subprocess.TimeoutExpired:
-            return {"failed": f"no row within {self.arguments.timeout_s:.0f} s"}
-        row = find_row(done.stdout)
-        if row is None:
-            return {"failed": "\n".join(done.stdout.splitlines()[-15:])}
-        return {**row, "wall_s": round(time.perf_counter() - start, 1)}
-
-    def _python(self, command: list[str], log: str) -> subprocess.CompletedProcess:
-        """Runs a module with this Python, in the work directory, where Unsloth leaves what it compiles."""
-        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        if self.is_dry:  # TRL's head is a Triton kernel, which a CPU can only interpret
-            environment |= {"TRITON_INTERPRET": "1"} if command[0] == PEERS["trl"] else {}
-        done = subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=self.arguments.work,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=self.arguments.timeout_s,
-        )
-        name = "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in log)
-        (self.arguments.work / "logs" / f"{name}.log").write_text(done.stdout, encoding="utf-8")
-        return done
+    def _session(self) -> str:
+        return f"{self.name} {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S}"
 
 
-def find_row(output: str) -> dict[str, Any] | None:
-    """The last row in a process's output, or None where it printed none."""
-    lines = [line for line in output.splitlines() if line.startswith('{"who"')]
-    return json.loads(lines[-1]) if lines else None
+def write(result: dict[str, Any], directory: Path, name: str) -> None:
+    """NAME.json with every row, and the directory NAME with a cell a setting."""
+    from benchmarks.peers.cells import save_cells  # imports torch, for which no side should have to wait
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save_cells(directory / name, result["rows"], session=result["session"], shape=result["shape"])
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ours over theirs in real tokens a second: of the turns' means, and the range over single turns.
-
-    Further runs of ours are set against the peer's mean. Nothing where either side has no rate.
-    """
-
-    def rates(turn: str) -> list[float]:
-        return [
-            row["real_tokens_per_s"]["median"] for row in rows if row["turn"] == turn and "real_tokens_per_s" in row
-        ]
-
-    ours, theirs = rates("A"), rates("B")
-    if not ours or not theirs:
-        return {"ratio": None}
-    mean = sum(theirs) / len(theirs)
-    extras = {
-        row["turn"]: row["real_tokens_per_s"]["median"] / mean for row in rows if row["turn"].startswith("ours, ")
-    }
-    return {
-        "ratio": sum(ours) / len(ours) / mean,
-        "ratio_range": [min(ours) / max(theirs), max(ours) / min(theirs)],
-        "extra_ratios": extras,
-    }
-
-
-def describe(row: dict[str, Any]) -> str:
-    """One line of the table."""
-    head = f"{row['turn']:<26}{row['who']:<14}"
-    for why in ("skipped", "failed"):
-        if why in row:
-            return f"{head}{why}: {row[why]}"
-    if row.get("out_of_memory"):
-        return f"{head}out of memory: {row['reason']}"
-    rate = row["real_tokens_per_s"]
-    settings = row["settings"]
-    shown = f"{rate['median']:>9,.0f} real tokens/s ({rate['min']:,.0f} to {rate['max']:,.0f})"
-    shown += f", {row['step_ms']['median']:,.0f} ms"
-    shown += f", batch {settings['batch']}, {settings['packing']}"
-    if "peak_counted_gib" in row:
-        shown += f", {row['peak_counted_gib']:.1f} GiB"
-    if "fraction_of_floor" in row:
-        shown += f", {row['fraction_of_floor']:.3f} of the floor"
-    return head + shown + f", start {row['seconds_to_start']:.0f} s"
-
-
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     arguments = parse(argv)
-    result = Comparison(arguments).run()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if result["ratio"] is None:
-        print("no ratio: one side has no figure")
-    else:
-        low, high = result["ratio_range"]
-        print(f"ratio {result['ratio']:.3f} ({low:.3f} to {high:.3f}); bound {result['bound']}")
-        for turn, ratio in result["extra_ratios"].items():
-            print(f"{turn}: {ratio:.3f}")
-    for side in sorted(set(arguments.turns)):
-        row = next(row for row in result["rows"] if row["turn"] == side)
-        print(side, row["who"], json.dumps({**row.get("settings", {}), **row.get("chosen", {})}))
-    return result
+    results = []
+    for name in arguments.cases:
+        result = Comparison(name, arguments).run()
+        results.append(result)
+        if arguments.sweep:
+            write(result, arguments.output_dir, f"{name}-sweep")
+            print(*best_batches(result["rows"]), sep="\n", flush=True)
+            continue
+        write(result, arguments.output_dir, name)
+        for side in sorted(set(arguments.turns)):
+            row = next(row for row in result["rows"] if row["turn"] == side)
+            print(side, row["who"], json.dumps({**row.get("settings", {}), **row.get("chosen", {})}), flush=True)
+    if not arguments.sweep:
+        print(table(results), flush=True)
+    return results
 
 
 if __name__ == "__main__":

@@ -15,9 +15,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # benchmarks is not part of the installed package
 
 from benchmarks import against_peers  # noqa: E402
-from benchmarks.peers import measure, ours, rows, settings  # noqa: E402
+from benchmarks.peers import live, measure, memory, ours, rows, settings  # noqa: E402
+from benchmarks.peers.cases import CASES, Case, Check  # noqa: E402
+from benchmarks.peers.cells import save_cells  # noqa: E402
+from benchmarks.peers.process import LiveProcess, environment  # noqa: E402
 from benchmarks.peers.shapes import shape_config  # noqa: E402
+from benchmarks.peers.summary import judge, table  # noqa: E402
+from benchmarks.peers.sweep import best_batches  # noqa: E402
 from packloop.bench.floor import Floor, groups_of  # noqa: E402
+from packloop.bench.results import load_cells  # noqa: E402
 from packloop.bench.steps import lap_figures  # noqa: E402
 
 
@@ -109,17 +115,22 @@ def test_out_of_memory_is_a_row():
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    assert measure.or_out_of_memory(fail) == {"out_of_memory": True, "reason": "CUDA out of memory."}
+    assert memory.or_out_of_memory(fail) == {"out_of_memory": True, "reason": "CUDA out of memory."}
 
 
-def test_ours_runs_with_its_floor(places):
-    row = ours.train(_ours(places, "--warmup", "1", "--steps", "2", "--floor"))
+def test_a_turn_of_ours_starts_afresh_and_runs_with_its_floor(places):
+    arguments = _ours(places, "--warmup", "1", "--steps", "2", "--floor")
+    side = ours.Packloop(arguments)
+    row, again = live.take_turn(side, arguments), side.turn(arguments)
+    without = side.turn(_ours(places, "--warmup", "1", "--steps", "2", "--dropout", "0"))
     assert len(row["losses"]) == 3
+    assert row["losses"] == again["losses"] != without["losses"]
     assert row["losses"][0] == pytest.approx(torch.tensor(300.0).log().item(), abs=0.3)
     assert row["real_tokens_per_s"]["median"] <= row["slot_tokens_per_s"]["median"]
     assert row["fraction_of_floor"] == pytest.approx(row["floor_ms"] / row["step_ms"]["median"])
     assert row["chosen"]["recompute_layers"] == 0
-    json.dumps(row)
+    assert row["conditions"]["versions"]["torch"] == torch.__version__
+    assert str(Path(places["data"]).parent) not in json.dumps(row)
 
 
 def test_floor_has_every_product_of_the_model(places):
@@ -133,31 +144,165 @@ def test_floor_has_every_product_of_the_model(places):
     assert weights * config.num_hidden_layers == sum(linear.weight.numel() for linear in linears)
 
 
-def test_driver_writes_rows_and_says_what_could_not_run(places, tmp_path):
-    output = tmp_path / "result.json"
-    command = ["all-linear-unsloth", "--dry-run", "tiny", "--turns", "AB", "--work", str(tmp_path / "work")]
-    command += ["--tokenizer", places["tokenizer"], "--data", places["data"], "--output", str(output)]
-    against_peers.main([*command, "--ours-args", "--length 160"])
-    result = json.loads(output.read_text())
-    mine, theirs = result["rows"]
+def _command(places: dict[str, str], tmp_path: Path, *words: str) -> list[str]:
+    command = [*words, "--dry-run", "tiny", "--work", str(tmp_path / "work"), "--output-dir", str(tmp_path / "out")]
+    return [*command, "--tokenizer", places["tokenizer"], "--data", places["data"], "--ours-args", "--length 160"]
+
+
+def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsys):
+    against_peers.main(_command(places, tmp_path, "all-linear-unsloth", "--turns", "ABA"))
+    result = json.loads((tmp_path / "out" / "all-linear-unsloth.json").read_text())
+    mine, theirs, again = result["rows"]
     assert mine["who"] == "packloop", mine
     assert mine["real_tokens_per_s"]["median"] > 0, mine
     assert mine["settings"]["targets"] == "all-linear"
+    assert again["losses"] == mine["losses"]
     assert "GPU" in theirs["skipped"]
-    assert result["ratio"] is None
+    assert result["verdicts"][0]["ratio"] is None
+    assert "no rate" in capsys.readouterr().out
+    ours_cell, their_cell = load_cells(tmp_path / "out" / "all-linear-unsloth")
+    assert (ours_cell.who, ours_cell.status, ours_cell.figures.timed_steps) == ("packloop", "measured", 2)
+    assert ours_cell.settings["lora.target_modules"] == "all-linear"
+    assert ours_cell.config["data"]["source"] == "rows.json"
+    assert (their_cell.who, their_cell.status) == ("Unsloth", "failed")
+    assert "GPU" in their_cell.reason
+    assert their_cell.session == ours_cell.session
 
 
-def test_ratios_are_of_the_turns_means():
-    figures = [("A", 120.0), ("B", 100.0), ("B", 80.0), ("A", 96.0), ("ours, eager", 45.0)]
-    found = against_peers.ratios([{"turn": turn, "real_tokens_per_s": {"median": rate}} for turn, rate in figures])
-    assert found["ratio"] == pytest.approx(108 / 90)
-    assert found["ratio_range"] == pytest.approx([96 / 100, 120 / 80])
-    assert found["extra_ratios"] == {"ours, eager": pytest.approx(0.5)}
+def test_driver_sweeps_one_side(places, tmp_path, capsys):
+    command = _command(places, tmp_path, "qv-liger", "--sweep", "1,2", "--sweep-side", "A")
+    [result] = against_peers.main(command)
+    assert [row["settings"]["batch"] for row in result["rows"]] == [1, 2]
+    assert "packloop: batch" in capsys.readouterr().out
+    assert len(load_cells(tmp_path / "out" / "qv-liger-sweep")) == 2
 
 
-def test_driver_refuses_a_peer_the_case_lacks(capsys):
+FAULTY = """
+import os, sys, time
+import torch
+from benchmarks.peers import live, settings
+
+class Faulty:
+    who = "faulty"
+
+    def __init__(self, arguments):
+        print("row: nothing of the kind", flush=True)
+
+    def turn(self, arguments):
+        print('row: {"who": "noise"}', flush=True)
+        if arguments.batch == 2:
+            raise torch.OutOfMemoryError("no room")
+        if arguments.batch == 3:
+            sys.exit("the end of it")
+        if arguments.batch == 4:
+            time.sleep(600)
+        return {"batch": arguments.batch, "pid": os.getpid()}
+
+live.serve(settings.job_parser("").parse_args, Faulty)
+"""
+
+
+def test_a_side_that_fails_is_a_row_and_starts_again(tmp_path):
+    (tmp_path / "faulty_side.py").write_text(FAULTY)
+    words = ["faulty_side", "--data", "none"]
+    side = LiveProcess("?", words, name="faulty", work=tmp_path, timeout_s=60, env=environment())
+    try:
+        side.start()
+        first = side.turn(["--batch", "1"])
+        assert (first["who"], first["batch"]) == ("faulty", 1)
+        full = side.turn(["--batch", "2"])
+        assert full["out_of_memory"] is True
+        assert full["reason"] == "no room"
+        assert side.turn(["--batch", "1"])["pid"] == first["pid"]
+        assert "the end of it" in side.turn(["--batch", "3"])["failed"]
+        again = side.turn(["--batch", "1"])
+        assert again["pid"] != first["pid"]
+        side._timeout_s = 2
+        assert "no row within 2 s" in side.turn(["--batch", "4"])["failed"]
+    finally:
+        side.close()
+
+
+def test_a_side_that_cannot_start_says_so_at_every_turn(tmp_path):
+    side = LiveProcess("?", ["no_such_module"], name="none", work=tmp_path, timeout_s=60, env=environment())
+    side.start()
+    rows = [side.turn([]), side.turn([])]
+    side.close()
+    assert all("no_such_module" in row["failed"] for row in rows)
+    assert len(list((tmp_path / "logs").iterdir())) == 1
+
+
+def _row(turn: str, rate: float, **more) -> dict:
+    return {"turn": turn, "who": turn, "real_tokens_per_s": {"median": rate}, **more}
+
+
+def test_bounds_are_held_against_the_turns_means():
+    figures = [("A", 120.0), ("B", 100.0), ("B", 80.0), ("A", 96.0), ("ours, eager", 87.0)]
+    rows = [_row(turn, rate) for turn, rate in figures] + [{"turn": "B", "who": "B", "failed": "no"}]
+    case = Case(ours="", peers={}, bound=1.3, checks=(Check("ours, eager", "B", 0.97), Check("none", "B", 1.0)))
+    main, eager, none = judge(case, rows)
+    assert main["ratio"] == pytest.approx(108 / 90)
+    assert main["ratio_range"] == pytest.approx([96 / 100, 120 / 80])
+    assert main["met"] is False
+    assert (eager["ratio"], eager["met"]) == (pytest.approx(87 / 90), False)
+    assert (none["ratio"], none["met"]) == (None, None)
+    assert "NO" in table([{"case": "tried", "rows": rows, "verdicts": [main]}])
+
+
+def test_a_fraction_of_the_floor_can_stand_in_for_the_bound():
+    rows = [_row("A", 110.0, fraction_of_floor=0.91), _row("B", 100.0)]
+    assert judge(Case(ours="", peers={}, bound=1.2, or_of_floor=0.90), rows)[0]["met"] is True
+    assert judge(Case(ours="", peers={}, bound=1.2, or_of_floor=0.92), rows)[0]["met"] is False
+    assert judge(Case(ours="", peers={}, bound=1.2), rows)[0]["met"] is False
+
+
+def test_a_best_batch_needs_half_and_double():
+    swept = [_row("TRL", rate, batch=batch) for batch, rate in ((2, 90.0), (4, 100.0))]
+    assert best_batches(swept) == ["TRL: batch 4 is the fastest, 100 real tokens/s; 8 not tried"]
+    full = {"turn": "TRL", "batch": 8, "out_of_memory": True}
+    assert "so its best (2: 90, 8: no memory)" in best_batches([*swept, full])[0]
+    assert best_batches([full]) == ["TRL: no batch has a rate"]
+
+
+def test_cells_join_the_laps_of_turns(places, tmp_path):
+    arguments = _ours(places, "--warmup", "1", "--steps", "2", "--floor")
+    side = ours.Packloop(arguments)
+    turns = [{"turn": "A", **live.take_turn(side, arguments)} for _ in range(2)]
+    save_cells(tmp_path, [*turns, {"turn": "B", "who": "TRL", "failed": "first\nlast"}], session="s", shape="tiny")
+    mine, theirs = load_cells(tmp_path)
+    timed = [lap["ms"] for row in turns for lap in row["laps"][1:]]
+    assert mine.figures.warmup_steps == 2
+    assert mine.figures.step_ms_all[2:] == pytest.approx(timed, abs=1e-3)
+    assert mine.figures.step_ms.min == pytest.approx(min(timed))
+    assert mine.floor.fraction == pytest.approx(mine.floor.ms / mine.figures.step_ms.median)
+    assert (theirs.status, theirs.reason) == ("failed", "last")
+
+
+def test_every_case_names_options_that_its_sides_know(places):
+    for case in CASES.values():
+        for words in ("", *(options for _, options in case.extras)):
+            _ours(places, *case.ours.split(), *words.split())
+        names = {"A", "B", *(name for name, _ in case.extras)}
+        assert all({check.over, check.under} <= names for check in case.checks)
+
+
+def test_a_turn_cannot_change_what_was_loaded():
+    parser = settings.peer_parser("")
+    loaded = parser.parse_args(["--data", "d", "--model", "m"])
+    settings.check_turn(loaded, parser.parse_args(["--data", "d", "--model", "m", "--batch", "8", "--steps", "2"]))
+    with pytest.raises(ValueError, match="dropout"):
+        settings.check_turn(loaded, parser.parse_args(["--data", "d", "--model", "m", "--dropout", "0"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tutorial-eager", "--peer", "unsloth"], "has no options for unsloth"),
+        (["qv-liger", "--sweep", "2,x"], "whole numbers of packs"),
+        (["qv-liger", "--turns", "ABC"], "letters A and B"),
+    ],
+)
+def test_driver_refuses_what_makes_no_sense(words, said, capsys):
     with pytest.raises(SystemExit):
-        against_peers.parse(
-            ["tutorial-eager", "--peer", "unsloth", "--work", "w", "--tokenizer", "t", "--data", "d", "--output", "o"]
-        )
-    assert "has no options for unsloth" in capsys.readouterr().err
+        against_peers.parse([*words, "--work", "w", "--tokenizer", "t", "--data", "d", "--output-dir", "o"])
+    assert said in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The same training job in packloop and in other packages, each a process of its own that prints one row of JSON."""
+"""The same training job in packloop and in other packages, each in a process that answers every turn with a row."""
 
 import os
 

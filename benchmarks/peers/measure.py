@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from packloop.bench.steps import (
-    Lap,
-    LapTimer,
-    cap_memory,
-    lap_figures,
-    memory_figures,
-    process_seconds,
-    reset_peak,
-)
-from packloop.errors import OutOfMemoryError
+from packloop.bench.steps import Lap, LapTimer, cap_memory, lap_figures, memory_figures, reset_peak
 
 # bitsandbytes' paged optimizers leave the state of smaller tensors in plain memory.
 SMALLEST_PAGED_ELEMENTS = 100_000
 
 
 class StepMeter(TrainerCallback):
-    """Laps of a Hugging Face trainer. Data loading and logging lie outside a lap, as they do for ours."""
+    """Laps of a Hugging Face trainer. Data loading and logging lie outside a lap; ours loads within it, meanwhile."""
 
     def __init__(self):
         self.laps: list[Lap] = []
@@ -94,20 +86,11 @@ def measure_trainer(trainer: Trainer, arguments: argparse.Namespace) -> dict[str
     meter = StepMeter()
     meter.watch(trainer)
     reset_peak()
-    seconds_to_start = process_seconds()
     trainer.train()
     managed = managed_bytes(trainer.optimizer)
-    row = lap_figures(meter.laps, arguments.warmup)
-    return {**row, **(memory_figures(managed) or {}), "seconds_to_start": seconds_to_start}
+    return {**figures(meter.laps, arguments.warmup), **(memory_figures(managed) or {})}
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def or_out_of_memory(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row of `run`, or one that says that the memory did not suffice."""
-    try:
-        return run()
-    except (torch.OutOfMemoryError, OutOfMemoryError) as error:
-        return {"out_of_memory": True, "reason": str(error).splitlines()[0][:300]}
+def figures(laps: list[Lap], warmup: int) -> dict[str, Any]:
+    """`lap_figures` and the laps themselves, so that those of several turns can be joined."""
+    return {**lap_figures(laps, warmup), "laps": [asdict(lap) for lap in laps]}

@@ -1,4 +1,4 @@
-"""packloop's own training step: python -m benchmarks.peers.ours --tokenizer DIR --data FILE [options]
+"""packloop's own training step, by turns: python -m benchmarks.peers.ours --tokenizer DIR --data FILE [options]
 
 The base has the checkpoint's shape and random weights, and is made in memory. What is not given is chosen as
 `packloop train` chooses it: kernels, attention, and what the memory is spent on. With --floor every timed step is
@@ -8,18 +8,18 @@ followed by the floor of that same step (packloop/bench/floor.py), in the same p
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers import measure, rows, settings
+from benchmarks.peers import live, measure, rows, settings
 from benchmarks.peers.shapes import SHAPES, shape_config
 from packloop.bench import steps
 from packloop.bench.floor import Floor, floor_figures
 from packloop.bench.synthetic import random_model
 from packloop.config import KernelsConfig, LoraConfig, RunConfig, TrainConfig
-from packloop.data.loader import build_data
-from packloop.engine.loop import set_numerics
+from packloop.data.loader import TrainingData, build_data
 
 
 def run_config(arguments: argparse.Namespace) -> RunConfig:
@@ -50,33 +50,61 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
     )
 
 
-def train(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = run_config(arguments)
-    set_numerics(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps.cap_memory(arguments.memory_cap_gib, 0)
-    shape = shape_config(arguments.shape, arguments.tokenizer)
-    base = random_model(shape, quantization="nf4", device=device, seed=arguments.seed)
-    tokenizer = rows.load_tokenizer(arguments.tokenizer)
-    job = steps.Job(config, base, build_data(config.data, tokenizer, seed=0), tokenizer.pad_token_id)
-    first = job.next_window()
-    # Before the plan, which then counts the floor's buffers as memory that is taken.
-    floor = Floor.of(shape, first, device) if arguments.floor else None
-    options = job.resolve()
-    steps.cap_memory(arguments.memory_cap_gib, job.optimizer.paged_bytes)
-    laps, floors_ms = [], []
-    with job.stepping(options) as step:
-        steps.reset_peak()
-        seconds_to_start = steps.process_seconds()
-        for number in range(arguments.warmup + arguments.steps):
-            micros = first if number == 0 else job.next_window()
-            laps.append(step(micros))
-            if floor is not None:
-                floors_ms.append(floor.step_ms([micro.layout for micro in micros]))
-    row = steps.lap_figures(laps, arguments.warmup)
-    memory = steps.memory_figures(job.optimizer.paged_bytes) or {}
-    fraction = {} if floor is None else floor_figures(laps, floors_ms, floor, arguments.warmup)
-    return {**row, **memory, **fraction, "chosen": options, "seconds_to_start": seconds_to_start}
+class Packloop:
+    """A base in memory that gets a fresh adapter a turn. What `auto` chose is kept for turns of the same options."""
+
+    who = "packloop"
+
+    def __init__(self, arguments: argparse.Namespace):
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        steps.cap_memory(arguments.memory_cap_gib, 0)
+        self._shape = shape_config(arguments.shape, arguments.tokenizer)
+        self._base = random_model(self._shape, quantization="nf4", device=self._device, seed=arguments.seed)
+        self._tokenizer = rows.load_tokenizer(arguments.tokenizer)
+        self._data: dict[str, TrainingData] = {}
+        self._resolved: dict[str, RunConfig] = {}
+
+    def turn(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        config = run_config(arguments)
+        asked = config.model_dump_json()
+        of_data = config.data.model_dump_json()
+        if of_data not in self._data:
+            self._data[of_data] = build_data(config.data, self._tokenizer, seed=0)
+        config = self._resolved.get(asked, config)
+        job = steps.Job(config, self._base, self._data[of_data], self._tokenizer.pad_token_id)
+        try:
+            row = self._run(job, arguments)
+            self._resolved[asked] = job.config
+        finally:
+            job.close()
+        return row
+
+    def _run(self, job: steps.Job, arguments: argparse.Namespace) -> dict[str, Any]:
+        first = job.next_window()
+        # Before the plan, which then counts the floor's buffers as memory that is taken.
+        floor = Floor.of(self._shape, first, self._device) if arguments.floor else None
+        options = job.resolve()
+        paged_bytes = job.optimizer.paged_bytes
+        steps.cap_memory(arguments.memory_cap_gib, paged_bytes)
+        laps, floors_ms = [], []
+        with job.stepping(options) as step:
+            steps.reset_peak()
+            for number in range(arguments.warmup + arguments.steps):
+                micros = first if number == 0 else job.next_window()
+                laps.append(step(micros))
+                if floor is not None:
+                    floors_ms.append(floor.step_ms([micro.layout for micro in micros]))
+        row = {**measure.figures(laps, arguments.warmup), **(steps.memory_figures(paged_bytes) or {})}
+        if floor is not None:
+            row |= floor_figures(laps, floors_ms, floor, arguments.warmup)
+        return {**row, "chosen": options, "config": shown_config(job.config)}
+
+
+def shown_config(config: RunConfig) -> dict[str, Any]:
+    """The whole configuration, without the names of places on this machine."""
+    shown = config.model_dump(mode="json")
+    shown["data"]["source"] = Path(shown["data"]["source"]).name
+    return shown
 
 
 def layers(text: str) -> str | int:
@@ -84,7 +112,7 @@ def layers(text: str) -> str | int:
     return text if text in ("auto", "all", "none") else int(text)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = settings.job_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--tokenizer", required=True, help="directory")
@@ -99,11 +127,5 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    arguments = parse()
-    row = measure.or_out_of_memory(lambda: train(arguments))
-    settings.print_row("packloop", row, arguments, measure.device_name())
-
-
 if __name__ == "__main__":
-    main()
+    live.serve(parse, Packloop)

@@ -1,16 +1,10 @@
-"""What every process of the comparison is told, and the row that it prints. Imports no torch."""
+"""What every process of the comparison is told. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TARGETS = {
     "qv": ["q_proj", "v_proj"],
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -32,21 +26,11 @@ QUIET_TRAINER = {
     "dataloader_num_workers": 0,
     "dataloader_drop_last": True,
 }
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "triton",
-    "flash-attn",
-    "flash-attn-4",
-    "trl",
-    "liger-kernel",
-    "unsloth",
-    "unsloth-zoo",
-    "xformers",
-)
+# Beside those that every benchmark names.
+PACKAGES = ("flash-attn-4", "trl", "liger-kernel", "unsloth", "unsloth-zoo", "xformers")
+# What a turn may change of a model that is loaded, by those who load one for all their turns.
+_OF_A_TURN = ("batch", "accumulation", "warmup", "steps")
+_NO_SETTINGS = ("model", "data", "tokenizer", "rows_fd", "commit")
 
 
 def job_parser(description: str) -> argparse.ArgumentParser:
@@ -63,6 +47,8 @@ def job_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--memory-cap-gib", type=float, help="reserved memory allowed, managed memory counted in")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows-fd", type=int, default=1, help="file descriptor that rows are written to")
+    parser.add_argument("--commit", help="of the source, where git cannot tell")
     return parser
 
 
@@ -75,25 +61,12 @@ def peer_parser(description: str) -> argparse.ArgumentParser:
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options for the row, without the names of places on this machine."""
-    return {name: value for name, value in vars(arguments).items() if name not in ("model", "data", "tokenizer")}
+    return {name: value for name, value in vars(arguments).items() if name not in _NO_SETTINGS}
 
 
-def versions() -> dict[str, str]:
-    """Package -> version of what is installed, and the commit of this repository where git knows it."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if git := shutil.which("git"):
-        done = subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-        if done.returncode == 0:
-            found["commit"] = done.stdout.strip()
-    return found
-
-
-def print_row(who: str, row: dict[str, Any], arguments: argparse.Namespace, device: str) -> None:
-    """The process's row, as its last line of output; `who` comes first, which is how a reader knows the line."""
-    rest = {"settings": settings_of(arguments), "device": device, "versions": versions()}
-    print(json.dumps({"who": who, **row, **rest}), flush=True)
+def check_turn(loaded: argparse.Namespace, turn: argparse.Namespace) -> None:
+    """ValueError where a turn changes what the model was loaded with."""
+    before, now = vars(loaded), vars(turn)
+    changed = [name for name in now if now[name] != before[name] and name not in _OF_A_TURN]
+    if changed:
+        raise ValueError(f"a turn cannot change {', '.join(changed)}; that takes a process of its own")

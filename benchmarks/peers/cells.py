@@ -1,0 +1,125 @@
+"""Rows as cells of a results directory, for `packloop bench report`: one a setting, the laps of its turns joined."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.protocol import is_measured
+from packloop.bench.conditions import describe_conditions
+from packloop.bench.results import Cell, Conditions, Figures, Floor, Memory, save_cell
+from packloop.bench.steps import Lap, lap_figures
+
+Row = dict[str, Any]
+# Options of ours -> keys of packloop's configuration; the peers' keep the names they have.
+_OUR_KEYS = {
+    "batch": "train.per_device_train_batch_size",
+    "accumulation": "train.gradient_accumulation_steps",
+    "length": "data.max_length",
+    "packing": "data.packing",
+    "dropout": "lora.dropout",
+    "targets": "lora.target_modules",
+    "attention": "kernels.attention",
+    "layer": "kernels.layer",
+    "recompute_layers": "train.gradient_checkpointing",
+    "cached_layers": "kernels.dequant_cache",
+    "keep_inputs_layers": "kernels.keep_inputs",
+    "memory_cap_gib": "train.memory_budget_gib",
+}
+_OF_THE_RUN = ("warmup", "steps", "seed", "floor", "shape")
+
+
+def save_cells(directory: Path, rows: list[Row], *, session: str, shape: str) -> list[Path]:
+    """Writes a cell for all rows of one name; directory: what `packloop bench report` is given."""
+    names = dict.fromkeys((row["turn"], row.get("batch")) for row in rows)
+    return [
+        save_cell(directory, make_cell(name, members, session=session, shape=shape, all_rows=rows))
+        for name in names
+        if (members := [row for row in rows if (row["turn"], row.get("batch")) == name])
+    ]
+
+
+def make_cell(name: tuple[str, int | None], rows: list[Row], *, session: str, shape: str, all_rows: list[Row]) -> Cell:
+    """Of the turns of one setting; where none was measured, of the reason. all_rows: of the session.
+
+    Laps to warm up come first in `step_ms_all`, then the timed ones, turn after turn.
+    """
+    measured = [row for row in rows if is_measured(row)]
+    row = (measured or rows)[0]
+    settings = row.get("settings", {})
+    status = "measured" if measured else "out_of_memory" if row.get("out_of_memory") else "failed"
+    missing = [_reason(other) for other in rows if not is_measured(other)]
+    return Cell(
+        name=_slug(name, row["who"]),
+        who=row["who"],
+        session=session,
+        status=status,
+        reason="; ".join(missing) or None,
+        shape=shape,
+        settings=_shown(settings, ours=row["who"] == "packloop"),
+        config=row.get("config", {key: value for key, value in settings.items() if key not in _OF_THE_RUN}),
+        figures=_figures(measured) if measured else None,
+        memory=_memory(measured),
+        floor=_floor(measured),
+        conditions=_conditions(rows, all_rows),
+    )
+
+
+def _slug(name: tuple[str, int | None], who: str) -> str:
+    turn, batch = name
+    words = who if turn in ("A", "B") else turn
+    words += "" if batch is None else f" batch {batch}"
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+
+
+def _reason(row: Row) -> str:
+    return row.get("reason") or row.get("skipped") or row["failed"].splitlines()[-1]
+
+
+def _shown(settings: Row, *, ours: bool) -> Row:
+    if not ours:
+        return {key: value for key, value in settings.items() if key not in _OF_THE_RUN}
+    return {_OUR_KEYS[key]: value for key, value in settings.items() if key in _OUR_KEYS and value is not None}
+
+
+def _figures(rows: list[Row]) -> Figures:
+    warm = [Lap(**lap) for row in rows for lap in row["laps"][: row["warmup_steps"]]]
+    timed = [Lap(**lap) for row in rows for lap in row["laps"][row["warmup_steps"] :]]
+    return Figures.model_validate(lap_figures(warm + timed, len(warm)))
+
+
+def _memory(rows: list[Row]) -> Memory | None:
+    """The largest of the turns."""
+    keys = Memory.model_fields
+    known = [row for row in rows if all(key in row for key in keys)]
+    return Memory(**{key: max(row[key] for row in known) for key in keys}) if known else None
+
+
+def _floor(rows: list[Row]) -> Floor | None:
+    """Of all turns' medians, as `floor_figures` takes them in one."""
+    known = [row for row in rows if "floor" in row]
+    if not known:
+        return None
+    floors = [ms for row in known for ms in row["floor_ms_all"][row["warmup_steps"] :]]
+    steps = [lap["ms"] for row in known for lap in row["laps"][row["warmup_steps"] :]]
+    floor_ms = statistics.median(floors)
+    report = known[0]["floor"]
+    return Floor(
+        fraction=floor_ms / statistics.median(steps),
+        ms=floor_ms,
+        parts_ms=report["products_ms"],
+        attention=report["attention"],
+    )
+
+
+def _conditions(rows: list[Row], all_rows: list[Row]) -> Conditions:
+    """Of the first turn to the last; a turn that never ran has those of the session, without a state of the GPU."""
+    known = [row["conditions"] for row in rows if "conditions" in row]
+    if known:
+        return Conditions(**{**known[0], "after": known[-1]["after"]})
+    of_others = next((row["conditions"] for row in all_rows if "conditions" in row), None)
+    if of_others is None:
+        return describe_conditions(None, None)
+    return Conditions(**{**of_others, "before": None, "after": None})
