@@ -26,8 +26,8 @@ try:
 except ModuleNotFoundError:  # a CPU-only torch comes without Triton; bitsandbytes serves it
     triton = None
 
-# Words of 8 weights for one program, and its warps: a thread has 8 words, and each becomes one 16-byte bf16 store.
-_BLOCK_WORDS = 1024
+# Words of 8 weights for one program, and its warps: a thread has 4 words, and each becomes one 16-byte bf16 store.
+_BLOCK_WORDS = 512
 _NUM_WARPS = 4
 _WORD_WEIGHTS = 8
 _WORD_BYTES = 4
