@@ -62,12 +62,19 @@ class Work:
 
 @dataclass
 class Trace:
-    """is_gpu: whether `work` is a GPU's. forward: a sequence number -> the range that made autograd's node."""
+    """is_gpu: whether `work` is a GPU's."""
 
     is_gpu: bool
     work: list[Work]
     ranges: list[Range]
-    forward: dict[int, Range] = field(default_factory=dict)
+    _forward: dict[int, Range] = field(repr=False)
+    _main_thread: Any = None
+
+    def made_by(self, node: Range) -> Range | None:
+        """What ran in the forward pass and made this node of the graph; None where that was inside backward."""
+        if node.args.get("Fwd thread id") != self._main_thread:
+            return None  # its number is another thread's
+        return self._forward.get(node.args.get("Sequence number"))
 
 
 def read_trace(path: Path) -> Trace:
@@ -87,7 +94,7 @@ def trace_of(events: list[dict[str, Any]]) -> Trace:
         _nest(thread)
     gpu_events = [event for event in events if event.get("cat") in _GPU_WORK]
     work = _gpu_work(gpu_events, events, ranges, by_thread) if gpu_events else _cpu_work(by_thread)
-    return Trace(bool(gpu_events), work, ranges, _forward_ranges(ranges))
+    return Trace(bool(gpu_events), work, ranges, _forward_ranges(ranges), _main_thread(ranges))
 
 
 def _range(event: dict[str, Any]) -> Range:
@@ -178,6 +185,16 @@ def _forward_ranges(ranges: list[Range]) -> dict[int, Range]:
         if number not in made or made[number].start <= one.start:
             made[number] = one
     return made
+
+
+def _main_thread(ranges: list[Range]) -> Any:
+    """The number that the engine has for the thread of the forward pass, on whose graph it sets out."""
+    for one in ranges:
+        if one.is_backward_node and "Sequence number" in one.args:
+            outer = one.parent.chain() if one.parent else ()
+            if not any(r.is_backward_node for r in outer):
+                return one.args.get("Fwd thread id")
+    return None
 
 
 def exclusive_ms(work: list[Work]) -> list[float]:
