@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from packloop.bench import kernel_classes as classes
-from packloop.bench.labels import GROUP_PRODUCTS, LAYER, LOSS, NORM_FORWARD, Label
+from packloop.bench.labels import GROUP_PRODUCTS, INPUT_GRADIENT, LAYER, LOSS, NORM_FORWARD, Label
 from packloop.bench.results import Ceilings, Record
 from packloop.bench.trace import Range, Trace, Work, exclusive_ms
 
@@ -102,7 +102,9 @@ class StepBreakdown:
             for outer in one.parent.chain()
             if outer.name in _PRODUCTS
         }
-        for piece, ms in zip(trace.work, exclusive_ms(trace.work), strict=True):
+        self._last_phase = UPDATE
+        pieces = zip(trace.work, exclusive_ms(trace.work), strict=True)
+        for piece, ms in sorted(pieces, key=lambda pair: pair[0].start):
             self._add(piece, ms)
         self._add_bytes()
 
@@ -123,7 +125,9 @@ class StepBreakdown:
         return {phase: totals[phase] for phase in PHASES if phase in totals}
 
     def _add(self, piece: Work, ms: float) -> None:
-        phase, cls = self._phase(piece.by), self._class(piece)
+        # A kernel of which nobody knows the launch runs, as a rule, for what the one before it ran for.
+        phase = self._phase(piece.by) if piece.by else self._last_phase
+        cls, self._last_phase = self._class(piece), phase
         product = _product(piece.by)
         label = self._label(piece.by)
         flops = 0.0
@@ -187,6 +191,8 @@ class StepBreakdown:
         if product is None:
             return classes.likely_class(name)
         is_adapters = label.what == GROUP_PRODUCTS and product.name == "aten::addmm_"
+        if label.what == INPUT_GRADIENT and label.ranks:
+            is_adapters = product.name == "aten::mm" or _inner_dimension(product) == label.ranks
         return classes.LORA if is_adapters else classes.BASE_GEMM
 
     def _label(self, by: Range | None) -> Label | None:
@@ -286,6 +292,12 @@ def _product(by: Range | None) -> Range | None:
         if one.name in _PRODUCTS:
             return one
     return None
+
+
+def _inner_dimension(product: Range) -> int | None:
+    dims = product.args.get("Input Dims") or []
+    left = _PRODUCTS[product.name][0]
+    return dims[left][-1] if len(dims) > left and dims[left] else None
 
 
 def _flops(product: Range) -> float:

@@ -31,24 +31,25 @@ from packloop.engine import batch, loop, optim
 from packloop.kernels import (
     adapters,
     attention,
-    base_weights,
     decoder_layer,
     document_attention,
     extended_weight,
     flash_attention,
     lora_linear,
+    nf4,
     patch,
     rms_norm,
 )
 
 # What tells phases apart: the loss of a micro-batch, and within it, or again in backward, the forward pass of a layer.
 LOSS, LAYER = "loss", "layer"
-# A function whose `addmm_` are the adapters' and whose other products are the base's.
-GROUP_PRODUCTS = "lora_group_forward"
+# Functions that do products of the base and of the adapters: in the first the adapters' are its `addmm_`, in the second
+# those over the adapters' ranks.
+GROUP_PRODUCTS, INPUT_GRADIENT = "lora_group_forward", "lora_input_gradient"
 # In backward, the norm of a layer's input is made again where it was not kept.
 NORM_FORWARD = "add_rms_norm_forward"
 
-_TEXT = re.compile(r"packloop (\S+) \[(.*); (\d+) B; (\d+) B backward; (\S+) LoRA\]")
+_TEXT = re.compile(r"packloop (\S+) \[(.*); (\d+) B; (\d+) B backward; (\S+) LoRA; (\d+) ranks\]")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Label:
     """what: a function or module; cls: its class of work, None for a range that only tells the phase.
 
     moved_bytes: by the function itself; backward_bytes: by what autograd runs for it. lora_share: of its product.
+    ranks: of the adapters in it, where its products are to be told apart by them.
     """
 
     what: str
@@ -63,11 +65,12 @@ class Label:
     moved_bytes: int = 0
     backward_bytes: int = 0
     lora_share: float = 0.0
+    ranks: int = 0
 
     def __str__(self) -> str:
         return (
             f"packloop {self.what} [{self.cls or ''}; {self.moved_bytes} B; {self.backward_bytes} B backward; "
-            f"{self.lora_share:.6f} LoRA]"
+            f"{self.lora_share:.6f} LoRA; {self.ranks} ranks]"
         )
 
     @classmethod
@@ -76,8 +79,8 @@ class Label:
         match = _TEXT.fullmatch(text)
         if match is None:
             return None
-        what, kind, moved, backward, share = match.groups()
-        return cls(what, kind or None, int(moved), int(backward), float(share))
+        what, kind, moved, backward, share, ranks = match.groups()
+        return cls(what, kind or None, int(moved), int(backward), float(share), int(ranks))
 
 
 @contextmanager
@@ -112,14 +115,15 @@ def _functions() -> list[tuple[Any, str, Callable[..., Label]]]:
     found = [
         (loop, "packed_loss_sum", _plain(LOSS, None)),
         (decoder_layer, "_forward", _plain(LAYER, None)),
-        (base_weights, "dequantize", _dequantize),
+        (nf4.Nf4Group, "dequantize", _dequantize),
         (adapters.AdapterCopies, "refresh", _plain("refresh", classes.LORA)),
         (extended_weight.ExtendedWeight, "write_adapters", _plain("write_adapters", classes.LORA)),
         (decoder_layer, "extended_group_forward", _extended_forward),
         (decoder_layer, "extended_input_gradient", _extended_input_gradient),
         (decoder_layer, "lora_group_forward", _plain(GROUP_PRODUCTS, classes.BASE_GEMM)),
-        (lora_linear, "_base_input_gradient", _plain("base_input_gradient", classes.BASE_GEMM)),
-        (lora_linear, "add_adapter_input_gradient_", _add_input_gradient),
+        (decoder_layer, INPUT_GRADIENT, _input_gradient),
+        (lora_linear, "dropout_add_input_gradient_", _add_input_gradient),
+        (lora_linear, "dropout_apply", _plain("dropout_apply", classes.LORA)),
         (decoder_layer, NORM_FORWARD, _norm_forward),
         (decoder_layer, "add_rms_norm_backward", _norm_backward),
         (rms_norm, NORM_FORWARD, _norm_forward),
@@ -153,10 +157,9 @@ def _plain(what: str, cls: str | None) -> Callable[..., Label]:
     return lambda *_args, **_kwargs: Label(what, cls)
 
 
-def _dequantize(weight, quant_state=None, *, out=None) -> Label:
-    state = weight.quant_state if quant_state is None else quant_state
-    written = state.shape.numel() * state.dtype.itemsize if out is None else _bytes(out)
-    return Label("dequantize", classes.DEQUANTISATION, _bytes(weight, state.absmax) + written)
+def _dequantize(group: nf4.Nf4Group, out: Tensor) -> Label:
+    # Half a byte a weight, one byte of scale a block of 64, and what is written.
+    return Label("dequantize", classes.DEQUANTISATION, round(out.numel() * (1 / 2 + 1 / 64)) + _bytes(out))
 
 
 def _project(x_TH, group, dropout, *, out=None) -> Label:
@@ -177,8 +180,13 @@ def _a_gradient(d_projected_TR, x_TH, group, dropout) -> Label:
     return Label("lora_a_gradient", classes.LORA, _bytes(d_projected_TR, x_TH) + 4 * group.a_RH.numel())
 
 
-def _add_input_gradient(dx_TH, d_projected_TR, group, dropout) -> Label:
-    return Label("add_adapter_input_gradient", classes.LORA, 2 * _bytes(dx_TH) + _bytes(d_projected_TR, group.a_RH))
+def _input_gradient(dy_TO, d_projected_TR, weights_OH, group, dropout) -> Label:
+    ranks = 0 if d_projected_TR is None else d_projected_TR.shape[1]
+    return Label(INPUT_GRADIENT, classes.BASE_GEMM, ranks=ranks)
+
+
+def _add_input_gradient(dx_TH, d_projected_TR, a_RH, *_args, **_kwargs) -> Label:
+    return Label("dropout_add_input_gradient", classes.LORA, 2 * _bytes(dx_TH) + _bytes(d_projected_TR, a_RH))
 
 
 def _extended_forward(x_extended, weight, group, dropout=None, *, out=None) -> Label:
@@ -186,7 +194,7 @@ def _extended_forward(x_extended, weight, group, dropout=None, *, out=None) -> L
     return Label("extended_group_forward", classes.BASE_GEMM, lora_share=ranks / (weight.num_features + ranks))
 
 
-def _extended_input_gradient(dy_extended, weight, *, dx=None) -> Label:
+def _extended_input_gradient(dy_extended, weight) -> Label:
     rows = dy_extended.shape[1]
     share = (rows - sum(weight.out_features)) / rows
     return Label("extended_input_gradient", classes.BASE_GEMM, lora_share=share)

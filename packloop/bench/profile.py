@@ -1,46 +1,144 @@
-"""One training step under torch.profiler: the GPU's milliseconds by what they are spent on."""
+"""Training steps under torch.profiler: traces of them, read into milliseconds by phase and class of work."""
 
 from __future__ import annotations
 
+import statistics
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from packloop.bench.kernel_classes import CLASSES, likely_class
+from packloop.bench.breakdown import StepBreakdown
+from packloop.bench.labels import labelled
 from packloop.bench.results import Profile
-from packloop.bench.steps import Lap
-from packloop.bench.trace import exclusive_ms, read_trace
-from packloop.data.loader import Batch
+from packloop.bench.steps import GIB, Job, Lap, reset_peak, synchronize
+from packloop.bench.trace import read_trace
+from packloop.engine.batch import Micro
+from packloop.engine.memory import MARGIN_GIB
+from packloop.kernels.attention import DocumentLayout, load_backend
+from packloop.kernels.decoder_layer import activation_bytes
+from packloop.kernels.patch import FusedLayers, find_llama
+
+Step = Callable[[list[Micro]], Lap]
 
 
-def profile_step(step: Callable[[list[Batch]], Lap], micros: list[Batch], *, step_ms: float | None = None) -> Profile:
+def trace_step(step: Step, micros: list[Micro], path: Path) -> Lap:
+    """Takes one step of `Job.stepping` under the profiler, with labels, and writes its Chrome trace to `path`."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with labelled(), profile(activities=activities, record_shapes=True) as profiler:
+        lap = step(micros)
+        synchronize()
+    profiler.export_chrome_trace(str(path))
+    return lap
+
+
+def profile_step(step: Step, micros: list[Micro], *, step_ms: float | None = None) -> Profile:
     """Takes one step of `Job.stepping` under the profiler and says what its time went into.
 
     step_ms: what such a step takes without the profiler, which slows the host; idle is what the kernels leave of it.
     Without it the profiled step's own time is taken. On a CPU the classes are those of operators.
     """
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
-        lap = step(micros)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        trace = read_trace(path)
-    by_class: dict[str, float] = defaultdict(float)
-    for piece, ms in zip(trace.work, exclusive_ms(trace.work), strict=True):
-        by_class[likely_class(piece.name)] += ms
-    busy_ms = sum(by_class.values())
+        lap = trace_step(step, micros, path)
+        breakdown = StepBreakdown(read_trace(path))
+    busy_ms = breakdown.busy_ms
     total_ms = max(step_ms or lap.ms, busy_ms)
     return Profile(
-        device="gpu" if trace.is_gpu else "cpu",
+        device="gpu" if breakdown.is_gpu else "cpu",
         step_ms=total_ms,
         busy_ms=busy_ms,
         idle_share=1 - busy_ms / total_ms,
-        by_class_ms={name: by_class[name] for name in CLASSES if name in by_class},
+        by_class_ms=breakdown.by_class_ms(),
+        by_phase_ms=breakdown.by_phase_ms(),
+    )
+
+
+@dataclass
+class ProfiledSteps:
+    """The same windows taken twice: timed alone, then under the profiler.
+
+    laps, traced_laps: of the two; breakdowns: of the traced; layouts: of all their micro-batches, in order.
+    """
+
+    laps: list[Lap] = field(default_factory=list)
+    traced_laps: list[Lap] = field(default_factory=list)
+    breakdowns: list[StepBreakdown] = field(default_factory=list)
+    layouts: list[DocumentLayout] = field(default_factory=list)
+    num_slots: int = 0
+    num_labels: int = 0
+
+    @property
+    def busy_ms(self) -> float:
+        return statistics.fmean(breakdown.busy_ms for breakdown in self.breakdowns)
+
+    @property
+    def step_ms(self) -> float:
+        """Mean of the timed steps on a GPU, whose kernels the profiler leaves as they are; on a CPU of the traced."""
+        laps = self.laps if self.breakdowns[0].is_gpu else self.traced_laps
+        return max(statistics.fmean(lap.ms for lap in laps), self.busy_ms)
+
+
+def profile_steps(job: Job, options: dict[str, Any], *, steps: int, warmup: int, trace: Path) -> ProfiledSteps:
+    """Warms up, times `steps` windows and profiles them; `trace` receives the last one's Chrome trace.
+
+    options: what `Job.resolve` returned.
+    """
+    taken = ProfiledSteps()
+    with job.stepping(options) as step:
+        reset_peak()
+        for _ in range(warmup):
+            step(job.next_window())
+        windows = [job.next_window() for _ in range(steps)]
+        taken.laps = [step(window) for window in windows]
+        for window in windows:
+            taken.traced_laps.append(trace_step(step, window, trace))
+            taken.breakdowns.append(StepBreakdown(read_trace(trace)))
+    taken.layouts = [micro.layout for window in windows for micro in window]
+    first = windows[0][0].batch
+    taken.num_slots, taken.num_labels = first.num_slots, first.num_label_tokens
+    return taken
+
+
+@dataclass(frozen=True)
+class Room:
+    """GPU memory: what is left at the peak under the budget, and what a layer's choices take, in GiB.
+
+    None where there is no GPU, or, of a layer, where the model is not fused.
+    """
+
+    free_gib: float | None = None
+    recomputed_gib: float | None = None
+    cached_gib: float | None = None
+    inputs_gib: float | None = None
+    paged_gib: float = 0.0
+
+
+def measure_room(job: Job, num_slots: int) -> Room:
+    """Of a job whose steps have been taken, with a resolved configuration."""
+    paged_gib = job.optimizer.paged_bytes / GIB
+    if not torch.cuda.is_available():
+        return Room()
+    budget_gib = job.config.train.memory_budget_gib
+    if budget_gib is None:
+        budget_gib = torch.cuda.get_device_properties(job.accelerator.device).total_memory / GIB - MARGIN_GIB
+    free_gib = budget_gib - torch.cuda.max_memory_reserved() / GIB - paged_gib
+    if job.config.kernels.layer != "fused":
+        return Room(free_gib=free_gib, paged_gib=paged_gib)
+    llama = find_llama(job.model)
+    keeps = ["products"] * llama.config.num_hidden_layers
+    layer = FusedLayers(llama.model, load_backend(job.config.kernels.attention), keeps, 0).layers[0]
+    sizes = activation_bytes(layer, num_slots)
+    return Room(
+        free_gib=free_gib,
+        recomputed_gib=sizes["products"] / GIB,
+        cached_gib=sum(weights.dense_bytes for weights in layer.weights.values()) / GIB,
+        inputs_gib=sizes["inputs"] / GIB,
+        paged_gib=paged_gib,
     )

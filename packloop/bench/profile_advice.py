@@ -20,8 +20,7 @@ WORTHWHILE = 0.02
 class Situation:
     """What the advice is made from. config: resolved; times: of an average step.
 
-    attention_ms: of the fastest backend measured, RoPE included where it rotates by itself, all layers, recomputation
-    included. free_gib: memory left under the budget at the peak; None where memory is not the question. *_gib of a
+    attention_ms: of the fastest backend measured, with RoPE, all layers, recomputation included. free_gib: memory left under the budget at the peak; None where memory is not the question. *_gib of a
     layer: what it takes not to recompute it, to keep its weights dequantised, to keep its products' inputs; None where
     unknown. paged_gib: optimizer state in managed memory.
     """
@@ -172,7 +171,7 @@ def _recomputation(situation: Situation) -> Candidate | None:
         return None
     setting = f"train.gradient_checkpointing={layers - freed}"
     how += f", for {freed} of {layers} layers"
-    needs = f"{freed * situation.recomputed_gib:.1f} GiB of the {situation.free_gib:.1f} left; all would need {needed:.1f}"
+    needs = f"{freed * situation.recomputed_gib:.1f} GiB of the {situation.free_gib:.1f} left, all {needed:.1f}"
     return _candidate(situation, setting, saves_ms * freed / layers, limit, how, needs)
 
 
@@ -214,11 +213,14 @@ def _attention(situation: Situation) -> Candidate | None:
     current, fastest = situation.config.kernels.attention, situation.fastest_attention
     if fastest is None or situation.attention_ms is None or fastest == current:
         return None
-    ms = situation.ms(classes.ATTENTION)
+    ms = situation.ms(classes.ATTENTION, classes.ROPE)
     saves_ms = ms - situation.attention_ms
     if saves_ms <= 0:
         return None
-    how = f"{ms:,.1f} ms with {current}, and {situation.attention_ms:,.1f} ms measured for {fastest} on the same documents"
+    how = (
+        f"{ms:,.1f} ms with {current}, RoPE included, and {situation.attention_ms:,.1f} ms measured for {fastest} alone "
+        "on the same documents"
+    )
     limit = f"attention, {_share(situation, ms)}"
     return _candidate(situation, f"kernels.attention={fastest}", saves_ms, limit, how)
 

@@ -96,7 +96,10 @@ def _time_backend(
 
     forward_ms = _median_ms(forward, device)
     # A backend may free what it saved once it is used, so each backward has a forward of its own, timed with it.
-    both_ms = _median_ms(lambda: backend.backward(forward(), d_out, q, k, v, layout, scale, *gradients, **extra), device)
+    def both():
+        backend.backward(forward(), d_out, q, k, v, layout, scale, *gradients, **extra)
+
+    both_ms = _median_ms(both, device)
     rope_ms = 0.0
     if not extra:
         flat = q.flatten(1), k.flatten(1)

@@ -84,7 +84,8 @@ class Floor(Record):
 class Profile(Record):
     """GPU milliseconds of one step by class of kernel; idle: the step's time in which no kernel ran.
 
-    device: whose work it is; on a CPU the classes are of operators, and idle is time outside of them.
+    device: whose work it is; on a CPU the classes are of operators, and idle is time outside of them. by_phase_ms: the
+    same milliseconds by forward, recomputation, backward and update.
     """
 
     device: Literal["gpu", "cpu"] = "gpu"
@@ -92,6 +93,7 @@ class Profile(Record):
     busy_ms: float
     idle_share: float
     by_class_ms: dict[str, float]
+    by_phase_ms: dict[str, float] = {}
 
 
 class LossGate(Record):

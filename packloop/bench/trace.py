@@ -136,8 +136,11 @@ def _gpu_work(
         if launch is not None:
             thread = (launch.get("pid"), launch.get("tid"))
             by = _innermost(by_thread.get(thread, []), starts.get(thread, []), float(launch["ts"]))
-        if by is None:
-            by = by_external_id.get(args.get("External id"))
+        # The operator that the profiler names is right even where the clocks of host and driver differ by a little; but
+        # of labels it knows nothing, and a launch may lie in one within that operator.
+        operator = by_external_id.get(args.get("External id"))
+        if operator is not None and (by is None or operator not in by.chain()):
+            by = operator
         start = float(event["ts"])
         work.append(Work(event["name"], start, start + float(event.get("dur", 0.0)), by))
     return work
