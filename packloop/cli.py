@@ -190,6 +190,27 @@ def doctor() -> None:
     Console().print(doctor_report())
 
 
+@app.command()
+def profile(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    synthetic: Annotated[
+        str | None, typer.Option(metavar="SHAPE|PATH", help="Random weights of this shape instead of the model.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Instead of the model's; with --synthetic the default is `bundled`.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed, and then profiled.")] = 3,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 3,
+    output: Annotated[Path, typer.Option(help="New directory for report, plot and trace.")] = Path("profile"),
+) -> None:
+    """Where the time of CONFIG's training steps goes, what limits them, and which setting to change."""
+    from packloop.bench.profile_run import profile_command
+
+    run_config = _load(config, overrides)
+    profile_command(run_config, synthetic=synthetic, tokenizer=tokenizer, steps=steps, warmup=warmup, output=output)
+
+
 @bench_app.command()
 def report(
     results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Directories of `packloop bench run`.")],

@@ -162,74 +162,77 @@ def _dequantize(group: nf4.Nf4Group, out: Tensor) -> Label:
     return Label("dequantize", classes.DEQUANTISATION, round(out.numel() * (1 / 2 + 1 / 64)) + _bytes(out))
 
 
-def _project(x_TH, group, dropout, *, out=None) -> Label:
-    ranks = group.a_RH.shape[0]
-    return Label("lora_project", classes.LORA, _bytes(x_TH, group.a_RH) + x_TH.shape[0] * ranks * x_TH.element_size())
+def _project(x_TH, group, *_rest, **_options) -> Label:
+    written = x_TH.shape[0] * group.a_RH.shape[0] * x_TH.element_size()
+    return Label("lora_project", classes.LORA, _bytes(x_TH, group.a_RH) + written)
 
 
-def _b_gradients(dy_TO, projected_TR, group, dropout, *, out=None) -> Label:
+def _b_gradients(dy_TO, projected_TR, group, *_rest, **_options) -> Label:
     if projected_TR is None:
         return Label("lora_b_gradients")
     present = [b_Or for b_Or in group.b_Or if b_Or is not None]
     read = projected_TR.shape[0] * sum(b_Or.shape[0] for b_Or in present) * projected_TR.element_size()
-    written = 4 * sum(b_Or.numel() for b_Or in present)
-    return Label("lora_b_gradients", classes.LORA, read + 2 * _bytes(projected_TR) + written)
+    # Gradients are fp32 and added to: read and written.
+    return Label(
+        "lora_b_gradients",
+        classes.LORA,
+        read + 2 * _bytes(projected_TR) + 8 * sum(b_Or.numel() for b_Or in present),
+    )
 
 
-def _a_gradient(d_projected_TR, x_TH, group, dropout) -> Label:
-    return Label("lora_a_gradient", classes.LORA, _bytes(d_projected_TR, x_TH) + 4 * group.a_RH.numel())
+def _a_gradient(d_projected_TR, x_TH, group, *_rest, **_options) -> Label:
+    return Label("lora_a_gradient", classes.LORA, _bytes(d_projected_TR, x_TH) + 8 * group.a_RH.numel())
 
 
-def _input_gradient(dy_TO, d_projected_TR, weights_OH, group, dropout) -> Label:
+def _input_gradient(dy_TO, d_projected_TR, *_rest, **_options) -> Label:
     ranks = 0 if d_projected_TR is None else d_projected_TR.shape[1]
     return Label(INPUT_GRADIENT, classes.BASE_GEMM, ranks=ranks)
 
 
-def _add_input_gradient(dx_TH, d_projected_TR, a_RH, *_args, **_kwargs) -> Label:
+def _add_input_gradient(dx_TH, d_projected_TR, a_RH, *_rest, **_options) -> Label:
     return Label("dropout_add_input_gradient", classes.LORA, 2 * _bytes(dx_TH) + _bytes(d_projected_TR, a_RH))
 
 
-def _extended_forward(x_extended, weight, group, dropout=None, *, out=None) -> Label:
-    ranks = group.a_RH.shape[0]
-    return Label("extended_group_forward", classes.BASE_GEMM, lora_share=ranks / (weight.num_features + ranks))
+def _extended_forward(x_extended, weight, *_rest, **_options) -> Label:
+    share = 1 - weight.num_features / x_extended.shape[1]
+    return Label("extended_group_forward", classes.BASE_GEMM, lora_share=share)
 
 
-def _extended_input_gradient(dy_extended, weight) -> Label:
-    rows = dy_extended.shape[1]
-    share = (rows - sum(weight.out_features)) / rows
+def _extended_input_gradient(dy_extended, weight, *_rest, **_options) -> Label:
+    share = 1 - sum(weight.out_features) / dy_extended.shape[1]
     return Label("extended_input_gradient", classes.BASE_GEMM, lora_share=share)
 
 
-def _norm_forward(residual_TH, update_TH, weight_H, eps, *, residual_out=None, normed_out=None) -> Label:
+def _norm_forward(residual_TH, update_TH, *_rest, **_options) -> Label:
     return Label(NORM_FORWARD, classes.NORMS, (2 if update_TH is None else 4) * _bytes(residual_TH))
 
 
-def _norm_backward(d_normed_TH, d_residual_out_TH, residual_out_TH, weight_H, rstd_T, **_kwargs) -> Label:
+def _norm_backward(d_normed_TH, d_residual_out_TH, residual_out_TH, *_rest, **_options) -> Label:
     passes = 3 if d_residual_out_TH is None else 4
     return Label("add_rms_norm_backward", classes.NORMS, passes * _bytes(residual_out_TH))
 
 
-def _rope(q_TQD, k_TKD, *_args, **_kwargs) -> Label:
+def _rope(q_TQD, k_TKD, *_rest, **_options) -> Label:
     return Label("rope", classes.ROPE, 2 * _bytes(q_TQD, k_TKD))
 
 
-def _apply_rope(x_BHLD, cos_BLD, sin_BLD) -> Label:
+def _apply_rope(x_BHLD, *_rest, **_options) -> Label:
     return Label("apply_rope", classes.ROPE, 2 * _bytes(x_BHLD), 2 * _bytes(x_BHLD))
 
 
-def _swiglu_forward(gate_TI, up_TI, *, out=None) -> Label:
+def _swiglu_forward(gate_TI, *_rest, **_options) -> Label:
     return Label("swiglu_forward", classes.ACTIVATION, 3 * _bytes(gate_TI))
 
 
-def _swiglu_backward(d_hidden_TI, gate_TI, up_TI, *, d_gate=None, d_up=None, hidden_out=None) -> Label:
+def _swiglu_backward(d_hidden_TI, gate_TI, *_rest, hidden_out=None, **_options) -> Label:
     return Label("swiglu_backward", classes.ACTIVATION, 5 * _bytes(gate_TI) + _bytes(hidden_out))
 
 
-def _head(hidden_TH, weight_VH, label_index_N, label_ids_N) -> Label:
+def _head(hidden_TH, *_rest, **_options) -> Label:
     return Label("linear_cross_entropy", classes.HEAD, 0, 2 * _bytes(hidden_TH))
 
 
-def _optimizer_step(optimizer: optim.AdamW, learning_rate: float) -> Label:
+def _optimizer_step(optimizer: optim.AdamW, *_rest, **_options) -> Label:
     # AdamW reads weight, gradient and two moments and writes all but the gradient: seven passes. Before it the loop
     # reads the gradient for its norm and scales it in place: three.
     return Label("optimizer_step", classes.OPTIMIZER, 10 * _bytes(optimizer.flat.weight))

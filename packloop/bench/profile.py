@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from packloop.bench.steps import GIB, Job, Lap, reset_peak, synchronize
 from packloop.bench.trace import read_trace
 from packloop.engine.batch import Micro
 from packloop.engine.memory import MARGIN_GIB
+from packloop.errors import InputError
 from packloop.kernels.attention import DocumentLayout, load_backend
 from packloop.kernels.decoder_layer import activation_bytes
 from packloop.kernels.patch import FusedLayers, find_llama
@@ -26,16 +28,28 @@ from packloop.kernels.patch import FusedLayers, find_llama
 Step = Callable[[list[Micro]], Lap]
 
 
-def trace_step(step: Step, micros: list[Micro], path: Path) -> Lap:
-    """Takes one step of `Job.stepping` under the profiler, with labels, and writes its Chrome trace to `path`."""
+def trace_step(step: Step, micros: list[Micro], path: Path) -> tuple[Lap, StepBreakdown]:
+    """Takes one step of `Job.stepping` under the profiler, with labels; writes its Chrome trace to `path`.
+
+    InputError where there is a GPU and the profiler saw none of its kernels.
+    """
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
+    else:
+        # Its notices of each start and stop. Where there is a GPU, its errors are worth more than silence.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with labelled(), profile(activities=activities, record_shapes=True) as profiler:
         lap = step(micros)
         synchronize()
     profiler.export_chrome_trace(str(path))
-    return lap
+    breakdown = StepBreakdown(read_trace(path))
+    if torch.cuda.is_available() and not breakdown.is_gpu:
+        raise InputError(
+            "torch.profiler recorded no kernel of the GPU; its messages above say why, and no other profiler may be "
+            "attached to the process"
+        )
+    return lap, breakdown
 
 
 def profile_step(step: Step, micros: list[Micro], *, step_ms: float | None = None) -> Profile:
@@ -45,9 +59,7 @@ def profile_step(step: Step, micros: list[Micro], *, step_ms: float | None = Non
     Without it the profiled step's own time is taken. On a CPU the classes are those of operators.
     """
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "trace.json"
-        lap = trace_step(step, micros, path)
-        breakdown = StepBreakdown(read_trace(path))
+        lap, breakdown = trace_step(step, micros, Path(directory) / "trace.json")
     busy_ms = breakdown.busy_ms
     total_ms = max(step_ms or lap.ms, busy_ms)
     return Profile(
@@ -98,8 +110,9 @@ def profile_steps(job: Job, options: dict[str, Any], *, steps: int, warmup: int,
         windows = [job.next_window() for _ in range(steps)]
         taken.laps = [step(window) for window in windows]
         for window in windows:
-            taken.traced_laps.append(trace_step(step, window, trace))
-            taken.breakdowns.append(StepBreakdown(read_trace(trace)))
+            lap, breakdown = trace_step(step, window, trace)
+            taken.traced_laps.append(lap)
+            taken.breakdowns.append(breakdown)
     taken.layouts = [micro.layout for window in windows for micro in window]
     first = windows[0][0].batch
     taken.num_slots, taken.num_labels = first.num_slots, first.num_label_tokens

@@ -20,9 +20,10 @@ WORTHWHILE = 0.02
 class Situation:
     """What the advice is made from. config: resolved; times: of an average step.
 
-    attention_ms: of the fastest backend measured, with RoPE, all layers, recomputation included. free_gib: memory left under the budget at the peak; None where memory is not the question. *_gib of a
-    layer: what it takes not to recompute it, to keep its weights dequantised, to keep its products' inputs; None where
-    unknown. paged_gib: optimizer state in managed memory.
+    attention_ms: of the fastest backend measured, with RoPE, all layers, recomputation included. free_gib: memory left
+    under the budget at the peak; None where memory is not the question. *_gib of a layer: what it takes not to
+    recompute it, to keep its weights dequantised, to keep its products' inputs; None where unknown. paged_gib:
+    optimizer state in managed memory. rebuilt_ms: of norms made again in backward.
     """
 
     config: RunConfig
@@ -218,8 +219,8 @@ def _attention(situation: Situation) -> Candidate | None:
     if saves_ms <= 0:
         return None
     how = (
-        f"{ms:,.1f} ms with {current}, RoPE included, and {situation.attention_ms:,.1f} ms measured for {fastest} alone "
-        "on the same documents"
+        f"{ms:,.1f} ms with {current}, RoPE included, and {situation.attention_ms:,.1f} ms measured for {fastest} "
+        "alone on the same documents"
     )
     limit = f"attention, {_share(situation, ms)}"
     return _candidate(situation, f"kernels.attention={fastest}", saves_ms, limit, how)

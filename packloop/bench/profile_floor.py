@@ -95,6 +95,7 @@ def _time_backend(
         return backend.forward(q, k, v, layout, scale, **extra)[1]
 
     forward_ms = _median_ms(forward, device)
+
     # A backend may free what it saved once it is used, so each backward has a forward of its own, timed with it.
     def both():
         backend.backward(forward(), d_out, q, k, v, layout, scale, *gradients, **extra)

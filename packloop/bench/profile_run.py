@@ -1,0 +1,212 @@
+"""`packloop profile`: a few steps of a configuration under the profiler, and what they say."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig
+
+from packloop.bench.breakdown import BACKWARD, FORWARD, RECOMPUTATION, average_parts, unknown_kernels
+from packloop.bench.conditions import describe_conditions, gpu_state
+from packloop.bench.profile import ProfiledSteps, Room, measure_room, profile_steps
+from packloop.bench.profile_advice import Situation, advise
+from packloop.bench.profile_floor import AttentionTimes, measure_attention, measure_ceilings
+from packloop.bench.profile_plot import require_matplotlib
+from packloop.bench.profile_report import AttentionTime, ProfileResult, UnknownKernel, parts_table, write_profile
+from packloop.bench.results import Ceilings, Memory
+from packloop.bench.steps import Job, cap_memory, memory_figures, synchronize
+from packloop.bench.synthetic import SHAPES, random_model, shape_config
+from packloop.config import RunConfig
+from packloop.data.loader import build_data
+from packloop.engine.model import load_base, load_tokenizer
+from packloop.engine.plan import count_layers
+from packloop.errors import InputError, OutOfMemoryError
+from packloop.kernels.patch import why_not_fused
+
+logger = logging.getLogger(__name__)
+
+
+def profile_command(
+    config: RunConfig, *, synthetic: str | None, tokenizer: str | None, steps: int, warmup: int, output: Path
+) -> None:
+    """Profiles, prints table and sentence, and fills `output`, which must be empty or missing.
+
+    synthetic: a shape, or a directory with a config.json, taken with random bf16 weights in place of the model.
+    tokenizer: a name or directory in place of the model's; with synthetic, the bundled one is the default.
+    """
+    require_matplotlib()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output {str(output)!r} is not empty; give a new directory, for example {output}-2")
+    if not config.lora.enabled:
+        raise InputError("lora.enabled=false: profile takes steps on a frozen base; use lora.enabled=true")
+    with tempfile.TemporaryDirectory() as directory:
+        trace = Path(directory) / "trace.json"
+        try:
+            result = _profile(config, synthetic, tokenizer, steps=steps, warmup=warmup, trace=trace)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"the steps do not fit the GPU's memory ({str(error).split('.')[0]}); lower "
+                "train.per_device_train_batch_size, or use train.gradient_checkpointing=all"
+            ) from None
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_per_process_memory_fraction(1.0)
+        write_profile(result, trace, output)
+    _print(result, output)
+
+
+def _profile(
+    config: RunConfig, synthetic: str | None, tokenizer_name: str | None, *, steps: int, warmup: int, trace: Path
+) -> ProfileResult:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if synthetic is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+        tokenizer_name = tokenizer_name or "bundled"
+    named = {"name_or_path": tokenizer_name, "revision": None} if tokenizer_name else {}
+    tokenizer = load_tokenizer(config.model.model_copy(update=named))
+    data = build_data(config.data, tokenizer, seed=config.train.seed)
+    cap_memory(config.train.memory_budget_gib, 0)
+    if synthetic is not None:
+        shape = shape_config(synthetic)
+        if len(tokenizer) > shape.vocab_size:
+            raise InputError(
+                f"the tokenizer has {len(tokenizer):,} tokens and the shape {synthetic!r} {shape.vocab_size:,}; "
+                "give the model's own with --tokenizer"
+            )
+        base = random_model(shape, quantization=config.model.quantization, device=device)
+    else:
+        base = load_base(config.model, device)
+    job = Job(config, base, data, tokenizer.pad_token_id)
+    options = job.resolve()
+    cap_memory(config.train.memory_budget_gib, job.optimizer.paged_bytes)
+    before = gpu_state()
+    taken = profile_steps(job, options, steps=steps, warmup=warmup, trace=trace)
+    after = gpu_state()
+    memory = memory_figures(job.optimizer.paged_bytes)
+    room, reason = measure_room(job, taken.num_slots), why_not_fused(job.model)
+    config, llama_config = job.config, job.model.config
+    job.close()
+    if device.type == "cuda":
+        synchronize()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    ceilings, attention = _measure(llama_config, config, taken, device)
+    num_layers = llama_config.num_hidden_layers
+    recomputed = count_layers(config.train.gradient_checkpointing, num_layers)
+    parts = average_parts(taken.breakdowns, ceilings, _attention_floor(attention, num_layers, recomputed))
+    step_ms, busy_ms = taken.step_ms, taken.busy_ms
+    fastest = attention[0] if attention else None
+    situation = Situation(
+        config=config,
+        num_layers=num_layers,
+        parts=parts,
+        step_ms=step_ms,
+        idle_ms=step_ms - busy_ms,
+        slot_tokens=_mean(lap.slot_tokens for lap in taken.laps),
+        real_tokens=_mean(lap.real_tokens for lap in taken.laps),
+        rebuilt_ms=_mean(breakdown.rebuilt_ms for breakdown in taken.breakdowns),
+        is_gpu=taken.breakdowns[0].is_gpu,
+        fastest_attention=fastest.name if fastest else None,
+        attention_ms=_step_attention_ms(fastest, num_layers, recomputed) if fastest else None,
+        gemm_tflops=ceilings.gemm_tflops if ceilings else None,
+        why_not_fused=reason,
+        **_room_values(room),
+    )
+    return ProfileResult(
+        shape=_shape_name(synthetic, config),
+        device="gpu" if situation.is_gpu else "cpu",
+        config=config.model_dump(mode="json"),
+        warmup_steps=warmup,
+        step_ms=step_ms,
+        step_ms_all=[round(lap.ms, 3) for lap in taken.laps],
+        profiled_step_ms_all=[round(lap.ms, 3) for lap in taken.traced_laps],
+        busy_ms=busy_ms,
+        idle_ms=situation.idle_ms,
+        unattributed_ms=_mean(breakdown.unattributed_ms for breakdown in taken.breakdowns),
+        slot_tokens_per_step=situation.slot_tokens,
+        real_tokens_per_step=situation.real_tokens,
+        label_tokens_per_step=_mean(lap.label_tokens for lap in taken.laps),
+        parts=parts,
+        ceilings=ceilings,
+        attention=[_layers_times(times, num_layers) for times in attention],
+        unknown=[UnknownKernel(name=n, ms=ms, count=count) for n, ms, count in unknown_kernels(taken.breakdowns)],
+        memory=None if memory is None else Memory(**memory),
+        advice=advise(situation),
+        conditions=describe_conditions(before, after),
+    )
+
+
+def _measure(
+    llama_config: LlamaConfig, config: RunConfig, taken: ProfiledSteps, device: torch.device
+) -> tuple[Ceilings | None, list[AttentionTimes]]:
+    """What floors are made of; nothing where the memory left beside the base does not suffice for it."""
+    try:
+        ceilings = measure_ceilings(llama_config, num_slots=taken.num_slots, num_labels=taken.num_labels, device=device)
+        dtype = getattr(torch, config.model.dtype)
+        attention = measure_attention(
+            llama_config, taken.layouts, num_steps=len(taken.laps), dtype=dtype, device=device
+        )
+    except torch.OutOfMemoryError:
+        logger.warning("floors are left out: their measurement does not fit the memory beside the model")
+        return None, []
+    return ceilings, attention
+
+
+def _attention_floor(attention: list[AttentionTimes], num_layers: int, recomputed: int) -> dict[str, float] | None:
+    if not attention:
+        return None
+    forward_ms, backward_ms = attention[0].forward_ms, attention[0].backward_ms
+    return {
+        FORWARD: num_layers * forward_ms,
+        RECOMPUTATION: recomputed * forward_ms,
+        BACKWARD: num_layers * backward_ms,
+    }
+
+
+def _step_attention_ms(times: AttentionTimes, num_layers: int, recomputed: int) -> float:
+    return num_layers * times.total_ms + recomputed * (times.forward_ms + times.rope_ms / 2)
+
+
+def _layers_times(times: AttentionTimes, num_layers: int) -> AttentionTime:
+    return AttentionTime(
+        name=times.name,
+        forward_ms=num_layers * times.forward_ms,
+        backward_ms=num_layers * times.backward_ms,
+        rope_ms=num_layers * times.rope_ms,
+    )
+
+
+def _room_values(room: Room) -> dict[str, float | None]:
+    return {name: getattr(room, name) for name in Room.__dataclass_fields__}
+
+
+def _shape_name(synthetic: str | None, config: RunConfig) -> str:
+    if synthetic is None:
+        return Path(config.model.name_or_path).name
+    name = synthetic if synthetic in SHAPES else Path(synthetic).name
+    return f"{name} with random weights"
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _print(result: ProfileResult, output: Path) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
+    source = parts_table(result)
+    table = Table(title="Milliseconds of an average step" + (" (a CPU's operators)" if result.device == "cpu" else ""))
+    for column in source.columns:
+        table.add_column(column.removeprefix("#"), justify="right" if column.startswith("#") else "left", no_wrap=True)
+    for row in source.rows:
+        table.add_row(*row, style="bold" if row[1] in ("all", "step") else None, end_section=row[1] in ("all", "idle"))
+    console.print(table)
+    for line in (result.advice.sentence, f"report, plot and trace in {output}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
