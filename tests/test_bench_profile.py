@@ -1,18 +1,14 @@
-"""What a profile says of a step: classes of kernels, busy time, and a real profile on the CPU."""
+"""Reading a profiler's trace: classes of kernels, busy time, and the way from a kernel back to what it ran for."""
 
 from __future__ import annotations
 
 import pytest
-import torch
-from small_job import small_config, write_rows
 
+from packloop.bench.breakdown import StepBreakdown, average_parts
 from packloop.bench.kernel_classes import CLASSES, is_gemm, likely_class
-from packloop.bench.profile import profile_step
-from packloop.bench.steps import Job
-from packloop.bench.synthetic import random_model, shape_config
+from packloop.bench.labels import Label
+from packloop.bench.results import Ceilings
 from packloop.bench.trace import Work, exclusive_ms, trace_of
-from packloop.data.loader import build_data
-from packloop.engine.model import load_tokenizer
 
 KERNELS = {
     "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNN": "base GEMM",
@@ -109,33 +105,117 @@ def test_on_a_cpu_an_operator_has_what_those_within_it_leave():
     ]
 
 
-@pytest.fixture
-def tiny_job(tmp_path):
-    """Makes a job of the tiny shape on the CPU, whose settings the caller changes."""
-    made = []
-
-    def make(**sections) -> Job:
-        config = small_config("bundled", write_rows(tmp_path / "rows.jsonl", 60), tmp_path / "run", **sections)
-        tokenizer = load_tokenizer(config.model)
-        data = build_data(config.data, tokenizer, seed=0)
-        shape = shape_config("tiny", len(tokenizer))
-        base = random_model(shape, quantization=config.model.quantization, device=torch.device("cpu"))
-        made.append(Job(config, base, data, tokenizer.pad_token_id))
-        return made[-1]
-
-    yield make
-    for job in made:
-        job.close()
+def label(ts, dur, tid=1, **fields):
+    return event("user_annotation", str(Label(**fields)), ts, dur, tid)
 
 
-def test_a_step_on_the_cpu_is_busy_with_known_classes(tiny_job):
-    job = tiny_job(model={"quantization": "nf4", "dtype": "bfloat16"})
-    with job.stepping() as step:
-        step(job.next_window())
-        profile = profile_step(step, job.next_window())
-    assert profile.device == "cpu"
-    assert set(profile.by_class_ms) <= set(CLASSES)
-    assert {"base GEMM", "attention", "NF4 dequantisation"} <= set(profile.by_class_ms)
-    assert profile.busy_ms == pytest.approx(sum(profile.by_class_ms.values()))
-    assert 0 < profile.busy_ms <= profile.step_ms
-    assert profile.idle_share == pytest.approx(1 - profile.busy_ms / profile.step_ms)
+def launched(name, ts, dur, at, tid=1, cat="cuda_runtime"):
+    """A kernel and its launch."""
+    number = 1000 * ts + at
+    return [
+        event(cat, "launch", at, 1, tid, correlation=number),
+        event("kernel", name, ts, dur, 99, correlation=number),
+    ]
+
+
+def test_kernels_of_a_gpu_are_told_apart_by_what_launched_them():
+    """A step as a GPU's trace shows it: backward on a thread of its own, one layer recomputed, one product joined."""
+    mm, engine = "aten::mm", "autograd::engine::evaluate_function: "
+    shapes = {"Input Dims": [[100, 80], [80, 64]]}
+    events = [
+        label(0, 100, what="loss"),
+        label(0, 60, what="layer"),
+        label(5, 20, what="extended_group_forward", cls="base GEMM", lora_share=0.2),
+        event("cpu_op", mm, 10, 10, **shapes),
+        *launched("nvjet_joined", 1000, 1000, at=12),
+        label(30, 20, what="swiglu_forward", cls="activation", moved_bytes=2_000_000),
+        *launched("_swiglu_forward_kernel", 2000, 500, at=40, cat="cuda_driver"),
+        label(70, 20, what="linear_cross_entropy", cls="head + loss"),
+        event("cpu_op", mm, 75, 10, **{"Input Dims": [[10, 64], [64, 32]]}),
+        *launched("nvjet_head", 2500, 100, at=77),
+        event("cpu_op", "aten::add", 92, 4, **{"Sequence number": 5, "Fwd thread id": 0}),
+        event("cpu_op", engine + "LayerBackward", 200, 200, tid=2, **{"Sequence number": 9, "Fwd thread id": 1}),
+        label(210, 50, tid=2, what="layer"),
+        event("cpu_op", mm, 215, 10, tid=2, **{"Input Dims": [[100, 64], [64, 64]]}),
+        *launched("nvjet_again", 3000, 400, at=218, tid=2),
+        label(300, 50, tid=2, what="lora_input_gradient", cls="base GEMM", ranks=16),
+        event("cpu_op", "aten::addmm_", 305, 10, tid=2, **{"Input Dims": [[100, 64], [100, 80], [80, 64]]}),
+        *launched("nvjet_dx", 3400, 300, at=306, tid=2),
+        event("cpu_op", "aten::addmm_", 320, 10, tid=2, **{"Input Dims": [[100, 64], [100, 16], [16, 64]]}),
+        *launched("nvjet_adapters", 3700, 50, at=322, tid=2),
+        event("kernel", "never launched", 3750, 10, 99),
+        label(500, 20, what="optimizer_step", cls="optimizer", moved_bytes=1_000_000),
+        *launched("void kOptimizer32bit2State<float, 0>(...)", 4000, 100, at=510),
+        event("cpu_op", "aten::norm", 530, 5),
+        *launched("void at::native::reduce_kernel<...>", 4100, 20, at=532),
+        event("gpu_memcpy", "Memcpy DtoH (Device -> Pageable)", 4200, 10, 99, correlation=1),
+    ]
+    step = StepBreakdown(trace_of(events))
+    ms = {key: pytest.approx(sums.ms) for key, sums in step.parts.items() if sums.ms}
+    assert ms == {
+        ("forward", "base GEMM"): 0.8,
+        ("forward", "LoRA"): 0.2,
+        ("forward", "activation"): 0.5,
+        ("forward", "head + loss"): 0.1,
+        ("recomputation", "base GEMM"): 0.4,
+        ("backward", "base GEMM"): 0.3,
+        ("backward", "LoRA"): 0.05,
+        ("backward", "other"): 0.01,  # in the phase of the kernel before it
+        ("update", "optimizer"): 0.12,
+        ("update", "copies"): 0.01,
+    }
+    assert step.busy_ms == pytest.approx(2.49)
+    assert step.unattributed_ms == pytest.approx(0.02)
+    assert step.unknown == {"never launched": (pytest.approx(0.01), 1)}
+    parts = {
+        (part.phase, part.cls): part
+        for part in average_parts([step], Ceilings(gemm_tflops=0.002, copy_tb_per_s=0.01), {"forward": 1.0})
+    }
+    flop = 2 * 100 * 80 * 64
+    assert parts["forward", "base GEMM"].tflop == pytest.approx(flop * 0.8 / 1e12)
+    assert parts["forward", "base GEMM"].joined_ms == pytest.approx(0.8)
+    assert parts["forward", "base GEMM"].floor_ms == pytest.approx(flop * 0.8 / 2e9 * 1e3)
+    assert parts["forward", "activation"].floor_ms == pytest.approx(0.2)
+    assert parts["backward", "LoRA"].tflop == pytest.approx(2 * 100 * 16 * 64 / 1e12)
+    assert parts["backward", "other"].floor_ms is None
+    assert parts["update", "copies"].floor_ms is None
+
+
+def test_backward_of_stock_code_is_led_back_to_its_forward_by_sequence_number():
+    engine = "autograd::engine::evaluate_function: "
+    node = {"Sequence number": 7, "Fwd thread id": 1}
+    trace = trace_of(
+        [
+            label(0, 100, what="loss"),
+            label(0, 50, what="LlamaRMSNorm", cls="norms", moved_bytes=2, backward_bytes=10_000_000),
+            event("cpu_op", "aten::view", 5, 5, **{"Sequence number": 7, "Fwd thread id": 0}),
+            event("cpu_op", "aten::mul", 10, 5, **{"Sequence number": 7, "Fwd thread id": 0}),
+            label(60, 20, what="Linear", cls="LoRA"),
+            event("cpu_op", "aten::view", 62, 5, **{"Sequence number": 8, "Fwd thread id": 0}),
+            event("cpu_op", engine + "MulBackward0", 200, 50, tid=2, **node),
+            *launched("void at::native::vectorized_elementwise_kernel<4, MulFunctor<float>>", 1000, 30, 210, tid=2),
+            event("cpu_op", engine + "torch::autograd::AccumulateGrad", 260, 20, tid=2),
+            *launched("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>", 1100, 20, 265, tid=2),
+            # A node made in backward by another thread: its number is not the forward pass's.
+            event("cpu_op", engine + "Outer", 300, 90, tid=2, **{"Sequence number": 99, "Fwd thread id": 1}),
+            event("cpu_op", engine + "Inner", 310, 50, tid=2, **{"Sequence number": 8, "Fwd thread id": 2}),
+            *launched("void at::native::elementwise_kernel", 1200, 40, 320, tid=2),
+        ]
+    )
+    step = StepBreakdown(trace)
+    ms = {key: pytest.approx(sums.ms) for key, sums in step.parts.items() if sums.ms}
+    assert ms == {("backward", "norms"): 0.03, ("backward", "LoRA"): 0.02, ("backward", "other"): 0.04}
+    floors = {part.cls: part.floor_ms for part in average_parts([step], Ceilings(gemm_tflops=1, copy_tb_per_s=1), None)}
+    assert floors["norms"] == pytest.approx(0.01)
+
+
+def test_a_label_is_read_back_from_its_text():
+    for one in (
+        Label("loss"),
+        Label("lora_project", "LoRA", 123, 0, 0.0),
+        Label("extended_group_forward", "base GEMM", lora_share=0.015385),
+        Label("lora_input_gradient", "base GEMM", ranks=128),
+        Label("linear_cross_entropy", "head + loss", 1, 2),
+    ):
+        assert Label.parse(str(one)) == one
+    assert Label.parse("Optimizer.step#AdamW.step") is None
