@@ -47,6 +47,7 @@ from packloop.engine.run_dir import (
 from packloop.engine.state import TrainState
 from packloop.engine.trackers import check_trackers
 from packloop.errors import InputError
+from packloop.kernels.forward_check import check_forward
 from packloop.kernels.patch import packed_loss_sum, patched
 
 logger = logging.getLogger(__name__)
@@ -192,6 +193,7 @@ def train(
         _stop_signals() as stop,
         patched(model, **patch_options(config, model)) as llama,
     ):
+        _check_forward(llama, config)
         clock = StepClock()
         stopped = False
         while state.step < num_steps and not stopped:
@@ -230,6 +232,13 @@ def train(
     if config.log.trackers:
         accelerator.end_training()
     return TrainResult(run_dir=run_dir, state=state, stopped_by=(stop.signal or signal.SIGTERM) if stopped else None)
+
+
+def _check_forward(llama: nn.Module, config: RunConfig) -> None:
+    try:
+        check_forward(llama, config.kernels.attention)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def set_numerics(config: RunConfig) -> None:

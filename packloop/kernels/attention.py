@@ -115,6 +115,25 @@ def prepare_layout(backend: Attention, layout: DocumentLayout, dtype: torch.dtyp
         prepare(layout, dtype)
 
 
+class CountedAttention:
+    """A backend under its name, which counts how often it attends: `forward_check` reads it. Else as the backend."""
+
+    def __init__(self, name: str, backend: Attention):
+        self.name, self.calls, self.rotates = name, 0, rotates(backend)
+        self._backend = backend
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        self.calls += 1
+        return self._backend(*args, **kwargs)
+
+    def forward(self, *args, **kwargs) -> tuple[Tensor, Any]:
+        self.calls += 1
+        return self._backend.forward(*args, **kwargs)
+
+    def backward(self, *args, **kwargs) -> None:
+        self._backend.backward(*args, **kwargs)
+
+
 def load_backend(name: str) -> Attention:
     """The backend of that name. ValueError with the install command where its package is missing."""
     if name in _DIFFERENTIATED:

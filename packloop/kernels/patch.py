@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel
 
 from packloop.kernels.adapters import AdapterCopies
-from packloop.kernels.attention import Attention, DocumentLayout, load_backend
+from packloop.kernels.attention import Attention, CountedAttention, DocumentLayout, load_backend
 from packloop.kernels.base_weights import GroupWeights
 from packloop.kernels.decoder_layer import GROUPS, Batch, FusedLayer, decoder_layer
 from packloop.kernels.extended_weight import ExtendedWeight
@@ -71,7 +71,7 @@ def patched(
     to fewer than 32 bits.
     """
     llama = find_llama(model)
-    attend = load_backend(attention)
+    backend = load_backend(attention)
     attentions = [module for module in llama.modules() if isinstance(module, LlamaAttention)]
     if not attentions:
         raise ValueError("no LlamaAttention found in the model, so there is nothing to replace")
@@ -87,7 +87,8 @@ def patched(
         if reason := why_not_fused(model):
             raise ValueError(f"kernels.layer=fused: {reason}; use kernels.layer=stock")
         keeps = _kept_of_layers(len(llama.model.layers), recompute_layers, keep_inputs_layers)
-        run_layers = FusedLayers(llama.model, attend, keeps, cached_layers)
+        counted = [CountedAttention(attention, backend) for _ in llama.model.layers]
+        run_layers = FusedLayers(llama.model, counted, keeps, cached_layers)
     else:
         run_layers = _StockLayers(recompute_layers)
     edited: list[nn.Module] = []
@@ -95,7 +96,7 @@ def patched(
         _replace_forward(llama.model, _model_forward(llama.model.forward, run_layers))
         edited.append(llama.model)
         for module in attentions:
-            _replace_forward(module, _attention_forward(module.forward, attend))
+            _replace_forward(module, _attention_forward(module.forward, CountedAttention(attention, backend)))
             edited.append(module)
         yield llama
     finally:
@@ -148,8 +149,14 @@ def packed_loss_sum(
 class _StockLayers:
     """The stock decoder layers, one after the other, some of them under activation checkpointing."""
 
+    calls_attention_modules = True
+
     def __init__(self, recompute_layers: int):
         self._recompute_layers = recompute_layers
+
+    def attentions(self, llama_model: LlamaModel) -> list[Attention | None]:
+        """What attends in each layer; None where its forward is not the replacement."""
+        return [getattr(layer.self_attn.forward, "attend", None) for layer in llama_model.layers]
 
     def __call__(self, llama_model: LlamaModel, hidden_BLH: Tensor, position_ids_BL: Tensor, layout: DocumentLayout):
         arguments = {"position_embeddings": rope_tables(llama_model, position_ids_BL), "layout": layout}
@@ -162,16 +169,24 @@ class _StockLayers:
 
 
 class FusedLayers:
-    """The same layers as `decoder_layer` runs them, with the last residual sum fused into the final norm."""
+    """The same layers as `decoder_layer` runs them, with the last residual sum fused into the final norm.
 
-    def __init__(self, llama_model: LlamaModel, attention: Attention, keeps: list[str], cached_layers: int):
+    attention: one for all layers, or one for each.
+    """
+
+    calls_attention_modules = False
+
+    def __init__(
+        self, llama_model: LlamaModel, attention: Attention | list[Attention], keeps: list[str], cached_layers: int
+    ):
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         norm = llama_model.norm.weight
         self._adapters = AdapterCopies(norm.dtype, norm.device)
         self._dropout_p = _dropout_of(llama_model)
         self.layers = []
+        attentions = attention if isinstance(attention, list) else [attention] * len(llama_model.layers)
         for index, layer in enumerate(llama_model.layers):
-            fused = _fuse(layer, index, attention, self._adapters, keeps=keeps[index])
+            fused = _fuse(layer, index, attentions[index], self._adapters, keeps=keeps[index])
             if index < cached_layers:
                 self._cache(layer, fused)
             self.layers.append(fused)
@@ -185,6 +200,10 @@ class FusedLayers:
         norm = llama_model.norm
         _, normed_TH = add_rms_norm(residual_TH, update_TH, norm.weight, norm.variance_epsilon)
         return normed_TH.view(hidden_BLH.shape)
+
+    def attentions(self, llama_model: LlamaModel) -> list[Attention | None]:
+        """What attends in each layer."""
+        return [layer.attention for layer in self.layers]
 
     def _cache(self, layer: nn.Module, fused: FusedLayer) -> None:
         for name, weights in fused.weights.items():
@@ -316,6 +335,7 @@ def _model_forward(stock_forward, run_layers):
         hidden_BLH = run_layers(self, self.embed_tokens(input_ids), position_ids, layout)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BLH)
 
+    forward.run_layers = run_layers
     return forward
 
 
@@ -340,4 +360,5 @@ def _attention_forward(stock_forward, attend: Attention):
         out_THD = attend(q_THD, k_TKD, v_TKD, layout, self.scaling)
         return self.o_proj(out_THD.flatten(1).view(*hidden_states.shape[:-1], -1)), None
 
+    forward.attend = attend
     return forward

@@ -15,6 +15,7 @@ from test_kernels_patch import layout_of, make_llama, packed, padded, stock_grad
 from packloop.engine.optim import FlatParameters
 from packloop.kernels import reference
 from packloop.kernels.attention import usable_backends
+from packloop.kernels.forward_check import check_forward
 from packloop.kernels.patch import packed_loss_sum, patched, rope_tables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -97,3 +98,21 @@ def test_row23_grouped_heads(num_kv_heads: int, head_dim: int, fused: bool):
         packed_loss_sum(inside, *packed(LENGTHS, DEVICE)).backward()
     assert_no_worse(flat.gradient, stock, exact, 3)
     assert torch.nn.functional.cosine_similarity(flat.gradient.float(), exact, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("attention", ["document", "flash_attn", "varlen", "cudnn", "sdpa", "eager"])
+def test_the_check_before_training_passes_and_leaves_the_generators(attention: str):
+    reason = usable_backends(is_packed=False, dtype=torch.bfloat16, device=torch.device(DEVICE))[attention]
+    if reason is not None:
+        pytest.skip(f"{attention} {reason}")
+    llama, _ = bf16_and_fp32(make_llama(hidden_size=512))
+    model = with_adapter(llama).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    for fused in (False, True):
+        with patched(model, attention=attention, fused=fused) as inside:
+            check_forward(inside, attention)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(torch.cuda.get_rng_state(), states[1])
