@@ -212,6 +212,39 @@ def profile(
 
 
 @bench_app.command()
+def run(
+    matrix: Annotated[Path, typer.Argument(metavar="MATRIX", help="YAML file, for example benchmarks/tutorial.yaml.")],
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Directory for the results; one begun before is continued.")] = ...,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(metavar="SHAPE|DIR", help="Random weights: llama2-7b, llama3-8b, tinyllama-1.1b, tiny, a model."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="DIR|NAME|bundled", help="Whose tokens; default the model's, else bundled.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Timed steps of a cell, instead of the matrix's.")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="CELL", help="Measure this cell; may be repeated.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit to name where this is no git checkout.")] = None,
+) -> None:
+    """Measure every cell of MATRIX in a process of its own; stopped, the same command goes on at the next cell."""
+    from packloop.bench.run import run_matrix
+
+    is_sound = run_matrix(
+        matrix,
+        output,
+        overrides=overrides or (),
+        synthetic=synthetic,
+        tokenizer=tokenizer,
+        steps=steps,
+        only=only or (),
+        commit=commit,
+    )
+    if not is_sound:
+        raise typer.Exit(1)
+
+
+@bench_app.command()
 def report(
     results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Directories of `packloop bench run`.")],
     output: Annotated[Path, typer.Option(help="Directory for report.md, report.html and what they link to.")],

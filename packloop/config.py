@@ -249,18 +249,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     """
     values: Any = {}
     if path is not None:
-        path = Path(path)
-        if path.suffix not in (".yaml", ".yml"):
-            raise InputError(
-                f"configuration {str(path)!r}: a .yaml file is needed; `packloop schema` lists the settings"
-            )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise InputError(f"configuration {str(path)!r} does not exist; recipes/ holds examples") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"configuration {str(path)!r} cannot be read: {error}") from None
-        values = _parse_yaml(text, str(path))
+        values = read_yaml(Path(path), "configuration", "recipes/ holds examples, `packloop schema` lists the settings")
         if values is None:
             values = {}
         if not isinstance(values, dict):
@@ -268,6 +257,30 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     for override in overrides:
         _apply_override(values, override)
     return parse_config(values)
+
+
+def read_yaml(path: Path, what: str, help: str) -> Any:
+    """What the YAML file at `path` holds; messages call it `what` and end with `help`.
+
+    Raises `InputError` for a file that cannot be read, `ConfigError` for one that is not YAML.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{what} {str(path)!r}: a .yaml file is needed; {help}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{what} {str(path)!r} does not exist; {help}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {str(path)!r} cannot be read: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text, without tags and repeated keys. `ConfigError`, with `where`, for anything else."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: constructs no Python objects
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def parse_config(values: dict) -> RunConfig:
@@ -296,13 +309,6 @@ def changed_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader: constructs no Python objects
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
-
-
 def _apply_override(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
@@ -313,4 +319,4 @@ def _apply_override(values: dict, override: str) -> None:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
             raise ConfigError(f"override {override!r}: {part} is a setting, not a section")
-    target[parts[-1]] = _parse_yaml(text, f"override {override!r}")
+    target[parts[-1]] = parse_yaml(text, f"override {override!r}")

@@ -26,7 +26,7 @@ ALLOWED_PARTS = {
     "data": {"errors", "config"},
     "kernels": set(),
     "engine": {"errors", "config", "data", "kernels", "gpus", "__version__"},
-    "bench": {"errors", "config", "data", "kernels", "engine", "gpus", "__version__"},
+    "bench": {"errors", "config", "config_faults", "data", "kernels", "engine", "gpus", "__version__"},
     "gpus": {"errors"},
 }
 # What the kernels may import from elsewhere: these, and in the files named, these too.

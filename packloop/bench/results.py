@@ -66,14 +66,14 @@ class Flops(Record):
 
 
 class Ceilings(Record):
-    """Measured in the cell's own process: bf16 matrix product of the model's shapes, and a device copy."""
+    """Measured in the cell's own process: matrix products of the model's shapes in its dtype, and a device copy."""
 
     gemm_tflops: float
     copy_tb_per_s: float
 
 
 class Floor(Record):
-    """The step's matrix products and attention alone, timed between the steps."""
+    """The step's matrix products and attention alone, as fast as they go, timed beside the steps."""
 
     fraction: float
     ms: float
@@ -97,12 +97,19 @@ class Profile(Record):
 
 
 class LossGate(Record):
-    """Losses against those of the reference cell, step by step."""
+    """Some steps on one window, without dropout, against the same steps taken the reference's way.
+
+    largest_difference: of the losses, in nats a label; of the gradients' norms, relative.
+    """
 
     reference: str
     largest_difference: float
     allowed: float
     passed: bool
+    largest_gradient_difference: float | None = None
+    allowed_gradient: float | None = None
+    losses: list[float] = []
+    reference_losses: list[float] = []
 
 
 class GpuState(Record):

@@ -30,13 +30,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Lap:
-    """One optimizer step. ms: on the device's clock, from an idle device to an idle device; loss: nats a label."""
+    """One optimizer step. ms: on the device's clock, from an idle device to an idle device; loss: nats a label.
+
+    grad_norm: L2, before clipping; None where the trainer does not tell.
+    """
 
     ms: float
     real_tokens: int
     slot_tokens: int
     label_tokens: int
     loss: float
+    grad_norm: float | None = None
 
 
 class LapTimer:
@@ -133,7 +137,14 @@ class Job:
                     meanwhile=self._windows.prepare,
                 )
                 ms = timer.stop()
-                return Lap(ms, report.real_tokens, report.slot_tokens, report.label_tokens, report.loss)
+                return Lap(
+                    ms,
+                    real_tokens=report.real_tokens,
+                    slot_tokens=report.slot_tokens,
+                    label_tokens=report.label_tokens,
+                    loss=report.loss,
+                    grad_norm=report.grad_norm,
+                )
 
             yield step
 

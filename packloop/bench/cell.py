@@ -1,0 +1,275 @@
+"""One process of a matrix: `python -m packloop.bench.cell DIRECTORY CELL`, or the references that gates hold cells to.
+
+It reads the session's plan from DIRECTORY, measures, and writes one file. Its exit code says what came of it: 0 a
+result is written, 1 and 2 what the user gave cannot run, 3 out of memory, `OTHER_CONDITIONS` not the session's machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, PretrainedConfig
+
+import packloop.bench.session as sessions
+from packloop.bench import gate as gates
+from packloop.bench.ceilings import measure_ceilings
+from packloop.bench.conditions import describe_conditions, gpu_state
+from packloop.bench.floor import Floor
+from packloop.bench.flops import count_parameters, flop_figures
+from packloop.bench.probe import Probe, probe
+from packloop.bench.profile import profile_step
+from packloop.bench.results import Cell, Figures, Memory, Profile, save_cell
+from packloop.bench.results import Floor as FloorRecord
+from packloop.bench.shapes import SHAPES
+from packloop.bench.steps import Job
+from packloop.bench.synthetic import random_model, shape_config
+from packloop.config import ModelConfig, RunConfig, parse_config
+from packloop.data.loader import TrainingData, build_data
+from packloop.engine.batch import to_device
+from packloop.engine.loop import set_numerics
+from packloop.engine.model import load_base, load_tokenizer
+from packloop.errors import InputError, OutOfMemoryError
+
+OUT_OF_MEMORY = 3
+OTHER_CONDITIONS = 4
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What cells of one model share: the frozen base, and the tokens of its rows."""
+
+    shape: str
+    architecture: PretrainedConfig
+    base: LlamaForCausalLM
+    tokenizer: Any
+    device: torch.device
+
+    def data(self, config: RunConfig) -> TrainingData:
+        return build_data(config.data, self.tokenizer, seed=config.train.seed)
+
+
+def load_subject(config: RunConfig, synthetic: str | None, tokenizer: str | None) -> Subject:
+    """The base as `train` loads it, or a shape's with random weights. InputError where the tokens do not fit it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = tokenizer or (None if synthetic is None else "bundled")
+    made = load_tokenizer(config.model if source is None else ModelConfig(name_or_path=source))
+    if synthetic is None:
+        base = load_base(config.model, device)
+        shape = sessions.public(config.model.name_or_path)
+    else:
+        base = random_model(
+            shape_config(synthetic),
+            quantization=config.model.quantization,
+            device=device,
+            seed=config.train.seed,
+            dtype=getattr(torch, config.model.dtype),
+            double_quant=config.model.double_quant,
+        )
+        shape = synthetic if synthetic in SHAPES else Path(synthetic).name
+    if len(made) > base.config.vocab_size:
+        raise InputError(
+            f"the tokenizer {source or config.model.name_or_path!r} has {len(made)} tokens and the model "
+            f"{base.config.vocab_size}; use --tokenizer bundled or that of the model"
+        )
+    return Subject(shape, base.config, base, made, device)
+
+
+def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Cell:
+    """The cell's result: its steps first, alone in memory; then its gate, the ceilings and the floor."""
+    config = parse_config(cell.config)
+    set_numerics(config)  # before anything is on the GPU
+    subject = load_subject(config, cell.synthetic, cell.tokenizer)
+    data, pad_token_id = subject.data(config), subject.tokenizer.pad_token_id
+    states, profiles = [gpu_state()], []
+
+    def after_steps(step, window) -> None:
+        states.append(gpu_state())
+        if plan.profile:
+            profiles.append(profile_step(step, window))
+
+    taken = probe(
+        config,
+        subject.base,
+        data,
+        pad_token_id,
+        warmup_steps=plan.warmup,
+        timed_steps=plan.steps,
+        after=after_steps,
+    )
+    say(f"steps: {taken.real_tokens_per_s:,.0f} real tokens/s")
+    profile = _of_plain_step(profiles[0], taken.step_ms) if profiles else None
+    gate = None
+    if cell.reference is not None:
+        reference = sessions.load_reference(directory, cell.reference)
+        same_steps = gates.gate_config(taken.config, is_random=cell.synthetic is not None)
+        run = take_gate_steps(same_steps, subject.base, data, pad_token_id)
+        gate = gates.judge(run, reference, config.model.dtype, plan.gate)
+    dtype = getattr(torch, config.model.dtype)
+    num_slots = max(micro.num_slots for micro in taken.micros)
+    ceilings = measure_ceilings(subject.architecture, num_slots, dtype, subject.device)
+    floor = _floor(taken, subject) if plan.floor else None
+    conditions = describe_conditions(states[0], states[1], commit=plan.commit)
+    passed = gate is None or gate.passed
+    return Cell(
+        name=cell.name,
+        session=sessions.session_of(directory),
+        status="measured" if passed else "wrong",
+        reason=None if passed else gates.describe_failure(gate),
+        shape=subject.shape,
+        num_parameters=count_parameters(subject.architecture),
+        settings=sessions.public(cell.settings),
+        config=sessions.described_config(taken.config.model_dump(mode="json"), plan, cell),
+        figures=Figures(**taken.figures),
+        memory=None if taken.memory is None else Memory(**taken.memory),
+        flops=flop_figures(
+            subject.architecture,
+            taken.config,
+            taken.micros,
+            num_steps=plan.steps,
+            step_ms=taken.step_ms,
+            device=conditions.device,
+            ceilings=ceilings,
+        ),
+        ceilings=ceilings,
+        floor=floor,
+        profile=profile,
+        loss_gate=gate,
+        conditions=conditions,
+    )
+
+
+def take_gate_steps(config: RunConfig, base: LlamaForCausalLM, data: TrainingData, pad_token_id: int) -> gates.GateRun:
+    """`gates.GATE_STEPS` optimizer steps on the first window of the epoch; `base` is left as it was."""
+    job = Job(config, base, data, pad_token_id)
+    try:
+        options = job.resolve()
+        with job.stepping(options) as step:
+            window = job.next_window()
+            laps = [step(window) for _ in range(gates.GATE_STEPS)]
+    finally:
+        job.close()
+    return gates.GateRun([lap.loss for lap in laps], [lap.grad_norm for lap in laps])
+
+
+def take_references(directory: Path, plan: sessions.Plan, keys: list[str]) -> None:
+    """Writes the references of these keys, which share a model."""
+    first = plan.references[keys[0]]
+    config = parse_config(first.config)
+    set_numerics(config)
+    subject = load_subject(config, first.synthetic, first.tokenizer)
+    for key in keys:
+        planned = plan.references[key]
+        config = parse_config(planned.config)
+        ways = [config]
+        if planned.may_fall_back:
+            kernels = config.kernels.model_copy(update={"attention": "sdpa"})
+            ways.append(config.model_copy(update={"kernels": kernels}))
+        data = subject.data(config)
+        for way in ways:
+            try:
+                run = take_gate_steps(way, subject.base, data, subject.tokenizer.pad_token_id)
+            except (torch.OutOfMemoryError, OutOfMemoryError):
+                if way is ways[-1]:
+                    raise
+                continue
+            name = gates.describe_way(way)
+            reference = gates.Reference(name=name, losses=run.losses, grad_norms=run.grad_norms)
+            sessions.save_reference(directory, key, reference)
+            say(f"reference: {name}: losses {', '.join(f'{loss:.4f}' for loss in run.losses)}")
+            break
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("cell", nargs="?")
+    parser.add_argument("--references", nargs="+", default=[])
+    given = parser.parse_args(arguments)
+    end_with_parent()
+    warnings.filterwarnings("ignore", module="peft|transformers")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("packloop").setLevel(logging.INFO)
+    plan = sessions.load_plan(given.directory)
+    try:
+        sessions.check_conditions(given.directory, describe_conditions(None, None, commit=plan.commit))
+    except InputError as error:
+        fail(str(error), OTHER_CONDITIONS)
+    try:
+        if given.references:
+            take_references(given.directory, plan, given.references)
+        else:
+            save_cell(given.directory, measure(given.directory, plan, plan.cell(given.cell)))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(re.split(r"\n|\. (?=GPU|If|Of|See|Process)", str(error))[0], OUT_OF_MEMORY)
+    except InputError as error:
+        fail(str(error), error.exit_code)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of the GPU's memory, or of the host's where torch could not have it."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+
+
+def fail(reason: str, exit_code: int) -> None:
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    raise SystemExit(exit_code)
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it does, however that ends: standard input is a pipe from it."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _of_plain_step(profile: Profile, step_ms: float) -> Profile:
+    """Idle time against a step without the profiler, which slows the host."""
+    total_ms = max(step_ms, profile.busy_ms)
+    return profile.model_copy(update={"step_ms": total_ms, "idle_share": 1 - profile.busy_ms / total_ms})
+
+
+def _floor(taken: Probe, subject: Subject) -> FloorRecord | None:
+    """Of the timed steps, window by window; None where micro-batches differ in size: the products are of one size."""
+    if len({micro.num_slots for micro in taken.micros}) > 1:
+        return None
+    device, num_micros = subject.device, taken.config.train.gradient_accumulation_steps
+    first = taken.micros[0]
+    num_labels = round(sum(micro.num_label_tokens for micro in taken.micros) / len(taken.micros))
+    floor = Floor(subject.architecture, num_slots=first.num_slots, num_labels=num_labels, device=device)
+    layouts = [to_device(micro, device)[2] for micro in taken.micros]
+    windows = [layouts[start : start + num_micros] for start in range(0, len(layouts), num_micros)]
+    times_ms = sorted(floor.step_ms(window) for window in windows)
+    ms = times_ms[len(times_ms) // 2]
+    layers = subject.architecture.num_hidden_layers
+    parts_ms = {
+        name: product.ms * num_micros * (1 if name.startswith("head") else layers)
+        for name, product in floor.products.items()
+    }
+    parts_ms["attention and gaps"] = max(0.0, ms - sum(parts_ms.values()))
+    return FloorRecord(
+        fraction=ms / taken.step_ms, ms=ms, parts_ms=parts_ms, attention=f"{floor.attention}: {floor.why_attention}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Floating-point operations of a training step on a frozen base: what the mathematics needs, and what is executed.
+
+Needed, a real token: 4 N (forward and input gradient of every linear layer; a frozen weight has no gradient of its
+own), the head's 4 N for the rows that have a label, 6 for every adapter parameter (which has one), and causal attention
+within each document: 12 x (pairs of query and key) x heads x head size, two products forward and four backward.
+
+Executed: the same for slots, padding included, less the input gradient of the first layer's q, k and v, which nothing
+waits for; the forward pass again of the layers that recompute; and attention as the backend does it. A fused kernel
+computes the scores a second time in its backward pass (14 instead of 12 a pair). `eager`, and `sdpa` on packed
+documents, do not skip the pairs that their mask hides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from packloop.bench.results import Ceilings, Flops
+from packloop.config import LoraConfig, RunConfig
+from packloop.data.loader import Batch
+from packloop.engine.plan import count_layers
+from packloop.gpus import find_gpu
+
+
+def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """(in, out) features of the linear layers of one decoder layer of a LlamaConfig."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    return {
+        "q_proj": (hidden, q_size),
+        "k_proj": (hidden, kv_size),
+        "v_proj": (hidden, kv_size),
+        "o_proj": (q_size, hidden),
+        "gate_proj": (hidden, intermediate),
+        "up_proj": (hidden, intermediate),
+        "down_proj": (intermediate, hidden),
+    }
+
+
+def layer_parameters(config: Any) -> int:
+    """Weights of the linear layers of one decoder layer."""
+    return sum(rows * columns for rows, columns in linear_shapes(config).values())
+
+
+def count_parameters(config: Any) -> int:
+    """Of the whole base: linear layers, norms, embedding, and the head where it has weights of its own."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    tables = 1 if config.tie_word_embeddings else 2
+    return layers * (layer_parameters(config) + 2 * hidden) + hidden + tables * config.vocab_size * hidden
+
+
+def adapter_parameters(config: Any, lora: LoraConfig) -> int:
+    """Weights of the adapters of one decoder layer."""
+    return sum(lora.r * (rows + columns) for rows, columns in _adapted(config, lora).values())
+
+
+def needed_flops(config: Any, lora: LoraConfig, micros: Sequence[Batch]) -> float:
+    """What forward and backward of these micro-batches need."""
+    real = sum(micro.num_real_tokens for micro in micros)
+    layers = real * (4 * layer_parameters(config) + 6 * adapter_parameters(config, lora))
+    attention = 12 * sum(_causal_pairs(micro, with_padding=False) for micro in micros) * _attended_features(config)
+    return config.num_hidden_layers * (layers + attention) + 4 * _head_products(config, micros)
+
+
+def executed_flops(config: Any, run: RunConfig, micros: Sequence[Batch]) -> float:
+    """What forward and backward of these micro-batches execute as `run` does them, every `auto` of which is settled."""
+    num_layers = config.num_hidden_layers
+    slots = sum(micro.num_slots for micro in micros)
+    shapes, adapters = linear_shapes(config), adapter_parameters(config, run.lora)
+    layers = slots * (4 * layer_parameters(config) + 6 * adapters)
+    pairs = sum(_pairs_visited(micro, run.kernels.attention) for micro in micros)
+    forward_attention = 4 * pairs * _attended_features(config)
+    # dP, dQ, dK, dV, and the scores again where they were not kept.
+    backward_attention = forward_attention * (2.0 if run.kernels.attention == "eager" else 2.5)
+    again = slots * 2 * (layer_parameters(config) + adapters)
+    if run.kernels.layer == "fused":  # ends before the last product, whose output nothing needs again
+        again -= slots * 2 * shapes["down_proj"][0] * shapes["down_proj"][1]
+        if "down_proj" in _adapted(config, run.lora):
+            again -= slots * 2 * run.lora.r * shapes["down_proj"][1]
+    recomputed = count_layers(run.train.gradient_checkpointing, num_layers)
+    not_needed = slots * 2 * sum(shapes[name][0] * shapes[name][1] for name in ("q_proj", "k_proj", "v_proj"))
+    return (
+        num_layers * (layers + forward_attention + backward_attention)
+        + recomputed * (again + forward_attention)
+        + 4 * _head_products(config, micros)
+        - not_needed
+    )
+
+
+def flop_figures(
+    config: Any,
+    run: RunConfig,
+    micros: Sequence[Batch],
+    *,
+    num_steps: int,
+    step_ms: float,
+    device: str,
+    ceilings: Ceilings | None,
+) -> Flops | None:
+    """Rates and utilisation of a step of `step_ms`, `num_steps` of which consist of `micros`.
+
+    device: the GPU's name. Its peak is the table's for bf16; for a GPU that is not in it, and for float32, the rate of
+    matrix products measured here. None where that was not measured either.
+    """
+    peak = _peak(device, run.model.dtype, ceilings)
+    if peak is None:
+        return None
+    peak_tflops, source = peak
+    needed = needed_flops(config, run.lora, micros) / num_steps / step_ms / 1e9
+    executed = executed_flops(config, run, micros) / num_steps / step_ms / 1e9
+    return Flops(
+        model_tflops=needed,
+        hardware_tflops=executed,
+        peak_tflops=peak_tflops,
+        peak_source=source,
+        model_utilisation=needed / peak_tflops,
+        hardware_utilisation=executed / peak_tflops,
+    )
+
+
+def _peak(device: str, dtype: str, ceilings: Ceilings | None) -> tuple[float, str] | None:
+    gpu = find_gpu(device)
+    if gpu is not None and gpu.bf16_tflops is not None and dtype == "bfloat16":
+        return gpu.bf16_tflops, gpu.source
+    if ceilings is None:
+        return None
+    why = f"products in {dtype}" if gpu is not None else f"{device} is not in the table of GPUs"
+    return ceilings.gemm_tflops, f"matrix products measured in this process, as {why}"
+
+
+def _adapted(config: Any, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+    shapes = linear_shapes(config)
+    names = shapes if lora.target_modules == "all-linear" else lora.target_modules
+    return {name: shapes[name] for name in names}
+
+
+def _attended_features(config: Any) -> int:
+    return linear_shapes(config)["q_proj"][1]
+
+
+def _head_products(config: Any, micros: Sequence[Batch]) -> int:
+    """Multiplications and additions, halved, of the head's rows that have a label."""
+    return config.hidden_size * config.vocab_size * sum(micro.num_label_tokens for micro in micros)
+
+
+def _causal_pairs(micro: Batch, *, with_padding: bool) -> int:
+    """Pairs of a query and a key not after it, in the same document."""
+    lengths = torch.diff(micro.cu_seqlens.long())
+    if not with_padding:
+        lengths = lengths[micro.document_ids.flatten()[micro.cu_seqlens[:-1].long()] >= 0]
+    return int((lengths * (lengths + 1) // 2).sum())
+
+
+def _pairs_visited(micro: Batch, attention: str) -> int:
+    """Pairs that the backend multiplies."""
+    is_packed = bool((micro.document_ids > 0).any())
+    if attention == "eager" or (attention == "sdpa" and is_packed):
+        rows, columns = micro.input_ids.shape
+        return rows * columns * columns
+    return _causal_pairs(micro, with_padding=True)
