@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from packloop.bench.drawing import standalone
 from packloop.bench.page import PAGE
-from packloop.bench.plots import standalone
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ from packloop.bench.results import Cell
 _BATCH_KEYS = ("train.per_device_train_batch_size", "per_device_train_batch_size", "batch")
 _ACCUMULATION_KEYS = ("train.gradient_accumulation_steps", "gradient_accumulation_steps", "accumulation")
 _LENGTH_KEYS = ("data.max_length", "max_length", "length")
+_ATTENTION_KEYS = ("kernels.attention", "attention", "attn_implementation")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cells of one chart. rule: what they share, in words."""
+    """Cells of one chart. short: of the title, for a column; rule: what they share, in words."""
 
     title: str
+    short: str
     rule: str
     cells: list[Cell]
 
@@ -38,7 +40,7 @@ def groups_of(cells: list[Cell]) -> list[Group]:
             charts.append(best)
         shown = {id(cell) for chart in charts for cell in chart.cells}
         if len(shown) < len(of_shape):
-            charts.append(Group(f"{shape}, all cells", "Every cell of this shape.", of_shape))
+            charts.append(Group(f"{shape}, all cells", "all cells", "Every cell of this shape.", of_shape))
         groups.extend(charts)
     return groups
 
@@ -50,7 +52,7 @@ def _same_batch(shape: str, cells: list[Cell]) -> list[Group]:
     groups = []
     for (batch, accumulation, length), members in found.items():
         words = f"batch {_shown(batch)} x {_shown(accumulation)} micro-batches x {_shown(length)} tokens"
-        groups.append(Group(f"{shape}, {words}", "All at the same batch.", members))
+        groups.append(Group(f"{shape}, {words}", f"batch {_shown(batch)}", "All at the same batch.", members))
     return groups
 
 
@@ -60,9 +62,8 @@ def _best_batch(shape: str, cells: list[Cell]) -> Group:
     for cell in cells:
         ways.setdefault(_way(cell), []).append(cell)
     best = [max(members, key=lambda cell: (rate_of(cell) or 0.0, -(batch_of(cell) or 0))) for members in ways.values()]
-    return Group(
-        f"{shape}, each at its best batch", "Each way at the fastest of the batches that it was run with.", best
-    )
+    rule = "Each way at the fastest of the batches that it was run with."
+    return Group(f"{shape}, each at its best batch", "best batch", rule, best)
 
 
 def _way(cell: Cell) -> tuple:
@@ -73,9 +74,9 @@ def _way(cell: Cell) -> tuple:
 
 
 def reference_of(cells: list[Cell]) -> Cell | None:
-    """The stock layers with eager attention, else what the loss gates refer to; None where neither has a rate."""
-    rated = [cell for cell in cells if rate_of(cell)]
-    eager = [cell for cell in rated if setting(cell, "kernels.attention") == "eager"]
+    """The eager path, packloop's before another's, else what the loss gates name; None where none has a rate."""
+    rated = sorted((cell for cell in cells if rate_of(cell)), key=lambda cell: cell.who != "packloop")
+    eager = [cell for cell in rated if attention_of(cell) == "eager"]
     named = {cell.loss_gate.reference for cell in rated if cell.loss_gate}
     return next(iter(eager), None) or next((cell for cell in rated if cell.name in named), None)
 
@@ -93,6 +94,11 @@ def accumulation_of(cell: Cell) -> int | None:
 def length_of(cell: Cell) -> int | None:
     """Tokens a pack."""
     return _first(cell, _LENGTH_KEYS)
+
+
+def attention_of(cell: Cell) -> str | None:
+    """As the trainer calls it."""
+    return _first(cell, _ATTENTION_KEYS)
 
 
 def setting(cell: Cell, dotted: str) -> Any:

@@ -42,8 +42,12 @@ table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabu
 th, td { padding: 0.3rem 0.7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--grid); }
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; border-bottom-width: 2px; }
 tbody tr:nth-child(even) { background: var(--stripe); }
-td { min-width: 3.5rem; max-width: 26rem; }
-.number { text-align: right; white-space: nowrap; }
+td { max-width: 30rem; }
+td:first-child { white-space: nowrap; }
+td:not(.number) { min-width: 8rem; }
+td:last-child:not(.number) { min-width: 14rem; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
 summary { cursor: pointer; padding: 0.15rem 0; }
 details:target > summary { font-weight: 600; }
 </style>

@@ -2,105 +2,26 @@
 
 from __future__ import annotations
 
-import io
-import re
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from packloop.bench.drawing import BACK, BLUE, GREY, GRID, IDLE, MUTED, ORANGE, TEXT, class_style, drawing, svg_of
+from packloop.bench.kernel_classes import CLASSES
+from packloop.bench.point_labels import place_labels
 from packloop.bench.results import Cell
-from packloop.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Drawn with, then replaced: by what the page says of text, muted text, grid lines and its background.
-_TEXT, _MUTED, _GRID, _BACK = "#010203", "#010204", "#010205", "#010206"
-_IN_A_PAGE = {_TEXT: "currentColor", _MUTED: "var(--muted)", _GRID: "var(--grid)", _BACK: "var(--back)"}
-_ON_WHITE = {"currentColor": "#1b1f24", "var(--muted)": "#57606a", "var(--grid)": "#d8dee4", "var(--back)": "#ffffff"}
+Labelled = list[tuple[str, Cell]]
 
-# Okabe and Ito's colours, told apart with every common kind of colour vision.
-BLUE, ORANGE, GREEN, VERMILION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
-SKY, PURPLE, YELLOW, GREY = "#56b4e9", "#cc79a7", "#f0e442", "#8b949e"
-# Class of work -> colour and hatching. Where a colour serves twice, the hatching tells.
-_CLASS_STYLES = {
-    "gemm": (BLUE, ""),
-    "attention": (ORANGE, ""),
-    "nf4 dequantisation": (VERMILION, ""),
-    "dropout + lora": (GREEN, ""),
-    "norm": (PURPLE, ""),
-    "rope": (YELLOW, ""),
-    "activation": (SKY, ""),
-    "head + loss": (BLUE, "////"),
-    "optimizer": (ORANGE, "////"),
-    "copies": (PURPLE, "////"),
-    "collectives": (GREEN, "////"),
-    "other elementwise": (GREY, ""),
-    "idle": ("none", "...."),
-}
-_SPARE_STYLES = ((SKY, "////"), (VERMILION, "////"), (YELLOW, "////"), (GREY, "////"))
-
-WIDTH_INCHES = 9.6
+# A segment narrower than this share of the axis has no number in it.
+_NARROW = 0.055
 
 
-@contextmanager
-def _drawing(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
-    """An empty figure with one pair of axes. InputError where matplotlib is missing."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError(
-            "the plots of a report need matplotlib, which is not installed; run: pip install 'packloop[bench]'"
-        ) from None
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "packloop",
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "text.color": _TEXT,
-        "axes.labelcolor": _TEXT,
-        "axes.edgecolor": _GRID,
-        "axes.facecolor": "none",
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "xtick.color": _GRID,
-        "ytick.color": _GRID,
-        "xtick.labelcolor": _TEXT,
-        "ytick.labelcolor": _TEXT,
-        "grid.color": _GRID,
-        "grid.linewidth": 0.8,
-        "legend.frameon": False,
-        "hatch.linewidth": 0.7,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-        yield figure, figure.add_subplot()
-
-
-def _svg(figure: Figure) -> str:
-    """For a page: no prologue, colours of text and lines left to the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    for drawn, meant in _IN_A_PAGE.items():
-        text = text.replace(drawn, meant)
-    return text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, Arial, sans-serif").strip()
-
-
-def standalone(svg: str) -> str:
-    """The same as a file of its own: dark on white wherever it is shown."""
-    for meant, color in _ON_WHITE.items():
-        svg = svg.replace(meant, color)
-    return re.sub(r"(<svg\b[^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', svg, count=1) + "\n"
-
-
-def rates_plot(cells: list[tuple[str, Cell]], *, title: str, reference: str | None) -> str:
+def rates_plot(cells: Labelled, *, title: str, reference: str | None) -> str:
     """Bars of median real tokens/s with their quartiles, the slowest at the bottom; what has no rate says why.
 
     cells: label and cell. reference: label of the cell that the others' rates are divided by, where there is one.
@@ -108,32 +29,87 @@ def rates_plot(cells: list[tuple[str, Cell]], *, title: str, reference: str | No
     ordered = sorted(cells, key=lambda pair: rate_of(pair[1]) or 0.0)
     base = next((rate_of(cell) for label, cell in cells if label == reference), None)
     highest = max((cell.figures.real_tokens_per_s.q3 for _, cell in cells if rate_of(cell)), default=1.0)
-    with _drawing(1.15 + 0.4 * len(cells)) as (figure, axes):
+    with drawing(1.15 + 0.4 * len(cells)) as (figure, axes):
         for place, (label, cell) in enumerate(ordered):
             if not rate_of(cell):
-                axes.text(
-                    highest * 0.01, place, _why_no_rate(cell), va="center", color=_MUTED, style="italic", fontsize=9
-                )
+                words = textwrap.shorten(why_no_rate(cell), 95, placeholder=" ...")
+                axes.text(highest * 0.01, place, words, va="center", color=MUTED, style="italic", fontsize=9)
                 continue
             rate = cell.figures.real_tokens_per_s
-            color = GREY if label == reference else BLUE if cell.who == "packloop" else ORANGE
-            axes.barh(place, rate.median, height=0.62, color=color)
-            below, above = rate.median - rate.q1, rate.q3 - rate.median
-            axes.errorbar(
-                rate.median, place, xerr=[[below], [above]], color=_TEXT, capsize=3, elinewidth=1.2, linestyle="none"
-            )
-            times = f"   {rate_of(cell) / base:.2f}x" if base and label != reference else ""
+            axes.barh(place, rate.median, height=0.62, color=_whose_color(label, cell, reference))
+            spread = [[rate.median - rate.q1], [rate.q3 - rate.median]]
+            axes.errorbar(rate.median, place, xerr=spread, color=TEXT, capsize=3, elinewidth=1.2, linestyle="none")
+            times = f", {rate_of(cell) / base:.2f}x" if base and label != reference else ""
             axes.text(rate.q3 + highest * 0.015, place, f"{rate.median:,.0f}{times}", va="center", fontsize=9)
-        axes.set_yticks(range(len(ordered)), [_wrapped(label) for label, _ in ordered])
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(-0.6, len(ordered) - 0.4)
+        _name_rows(axes, [label for label, _ in ordered])
         axes.set_xlim(0, highest * 1.22)
-        axes.grid(axis="x")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.spines["bottom"].set_visible(False)
         axes.set_xlabel("real tokens/s (padding not counted): median, whiskers from first to third quartile")
         axes.set_title(title, loc="left", fontsize=11)
-        return _svg(figure)
+        _add_whose_legend(figure, cells, reference)
+        return svg_of(figure)
+
+
+def time_plot(cells: Labelled, *, title: str) -> str:
+    """Stacked bars of a step's time by class of work, per 1,000 real tokens, each above the bar of its floor.
+
+    cells: measured, each with a profile, a floor or both; without a profile its bar is of one piece.
+    """
+    ordered = sorted(cells, key=lambda pair: -ms_per_thousand(pair[1], _step_ms(pair[1])))
+    longest = max(ms_per_thousand(cell, _step_ms(cell)) for _, cell in cells)
+    shown = {name for _, cell in cells for name in pieces_of(cell)}
+    with drawing(1.9 + 0.62 * len(cells)) as (figure, axes):
+        for place, (_, cell) in enumerate(ordered):
+            left = 0.0
+            for name, ms in pieces_of(cell).items():
+                width = ms_per_thousand(cell, ms)
+                _add_segment(axes, place + 0.12, left, width, name, is_wide=width > longest * _NARROW)
+                left += width
+            axes.text(left + longest * 0.01, place + 0.12, f"{left:.1f}", va="center", fontsize=9)
+            if cell.floor:
+                floor = ms_per_thousand(cell, cell.floor.ms)
+                axes.barh(place - 0.29, floor, height=0.16, color=TEXT)
+                words = f"floor {floor:.1f}, {cell.floor.fraction:.0%} of the step"
+                axes.text(floor + longest * 0.01, place - 0.29, words, va="center", fontsize=8.5, color=MUTED)
+        _name_rows(axes, [label for label, _ in ordered])
+        axes.set_xlim(0, longest * 1.08)
+        axes.set_xlabel("ms per 1,000 real tokens")
+        axes.set_title(title, loc="left", fontsize=11)
+        handles = [_patch(name) for name in [*CLASSES, IDLE, _ALL] if name in shown]
+        if any(cell.floor for _, cell in cells):
+            handles.append(_patch("floor: matrix products and attention alone", color=TEXT))
+        figure.legend(handles=handles, loc="outside lower left", ncols=5)
+        return svg_of(figure)
+
+
+def memory_plot(cells: Labelled, *, title: str, reference: str | None, capacities: Iterable[tuple[str, float]]) -> str:
+    """Median real tokens/s over peak memory, a point a cell, with quartiles and the memory of common GPUs.
+
+    cells: measured, with memory. capacities: name and GiB; those that no cell comes near are not drawn.
+    """
+    highest = max(cell.figures.real_tokens_per_s.q3 for _, cell in cells)
+    most = max(cell.memory.peak_counted_gib for _, cell in cells)
+    with drawing(5.6) as (figure, axes):
+        for label, cell in cells:
+            rate, gib = cell.figures.real_tokens_per_s, cell.memory.peak_counted_gib
+            spread = [[rate.median - rate.q1], [rate.q3 - rate.median]]
+            color = _whose_color(label, cell, reference)
+            axes.errorbar(gib, rate.median, yerr=spread, fmt="o", color=color, markersize=7, capsize=3, elinewidth=1.2)
+        axes.set_xlim(0, most * 1.18)
+        axes.set_ylim(0, highest * 1.15)
+        for name, gib in capacities:
+            if gib < most * 1.15:
+                axes.axvline(gib, color=MUTED, linewidth=1, linestyle=":")
+                beside = {"xycoords": ("data", "axes fraction"), "xytext": (3, -3), "textcoords": "offset points"}
+                axes.annotate(name, (gib, 1), rotation=90, va="top", fontsize=8, color=MUTED, **beside)
+        axes.grid()
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel("peak GPU memory, GiB (reserved, and paged optimizer state)")
+        axes.set_ylabel("real tokens/s, median and quartiles")
+        axes.set_title(title, loc="left", fontsize=11)
+        _add_whose_legend(figure, cells, reference)
+        points = [(cell.memory.peak_counted_gib, rate_of(cell), label) for label, cell in cells]
+        place_labels(figure, axes, points)
+        return svg_of(figure)
 
 
 def rate_of(cell: Cell) -> float | None:
@@ -141,10 +117,82 @@ def rate_of(cell: Cell) -> float | None:
     return cell.figures.real_tokens_per_s.median if cell.status == "measured" and cell.figures else None
 
 
-def _why_no_rate(cell: Cell) -> str:
+def why_no_rate(cell: Cell) -> str:
+    """In words, for a cell without a rate."""
     status = {"out_of_memory": "out of memory", "failed": "failed", "wrong": "wrong result"}.get(cell.status)
-    return f"{status or 'no figures'}{': ' + textwrap.shorten(cell.reason, 90) if cell.reason else ''}"
+    return f"{status or 'no figures'}{': ' + cell.reason if cell.reason else ''}"
 
 
-def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, 34))
+_ALL = "whole step, not profiled"
+
+
+def pieces_of(cell: Cell) -> dict[str, float]:
+    """Milliseconds of a step by class, idle last."""
+    if cell.profile is None:
+        return {_ALL: cell.figures.step_ms.median}
+    known = cell.profile.by_class_ms
+    ordered = {name: known[name] for name in CLASSES if name in known} | known
+    return ordered | {IDLE: max(0.0, cell.profile.step_ms - sum(known.values()))}
+
+
+def _step_ms(cell: Cell) -> float:
+    return sum(pieces_of(cell).values())
+
+
+def ms_per_thousand(cell: Cell, ms: float) -> float:
+    """Of a step's milliseconds, those that 1,000 real tokens take."""
+    return ms / cell.figures.real_tokens_per_step * 1e3
+
+
+def _add_segment(axes: Axes, place: float, left: float, width: float, name: str, *, is_wide: bool) -> None:
+    color, hatch = _style(name)
+    axes.barh(place, width, left=left, height=0.5, color=color, hatch=hatch, edgecolor=_edge(color), linewidth=0.6)
+    if is_wide:
+        inside = {"ha": "center", "va": "center", "fontsize": 8.5}
+        box = {"facecolor": color, "edgecolor": "none", "pad": 1.0} if hatch else None
+        axes.text(left + width / 2, place, f"{width:.1f}", color=_on(color), bbox=box, **inside)
+
+
+def _style(name: str) -> tuple[str, str]:
+    return (GREY, "") if name == _ALL else class_style(name)
+
+
+def _edge(color: str) -> str:
+    return MUTED if color == BACK else BACK
+
+
+def _on(color: str) -> str:
+    """Black or white, whichever is told from the colour more easily; the page's own text colour on its background."""
+    if color in (BACK, GRID):
+        return TEXT
+    red, green, blue = (int(color[n : n + 2], 16) / 255 for n in (1, 3, 5))
+    return "#ffffff" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18 else "#000000"
+
+
+def _patch(name: str, *, color: str | None = None):
+    from matplotlib.patches import Patch
+
+    fill, hatch = (color, "") if color else _style(name)
+    return Patch(facecolor=fill, hatch=hatch, edgecolor=_edge(fill), linewidth=0.6, label=name)
+
+
+def _name_rows(axes: Axes, labels: list[str]) -> None:
+    axes.set_yticks(range(len(labels)), ["\n".join(textwrap.wrap(label, 34)) for label in labels])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(-0.6, len(labels) - 0.4)
+    axes.grid(axis="x")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.spines["bottom"].set_visible(False)
+
+
+def _whose_color(label: str, cell: Cell, reference: str | None) -> str:
+    return GREY if label == reference else BLUE if cell.who == "packloop" else ORANGE
+
+
+def _add_whose_legend(figure: Figure, cells: Labelled, reference: str | None) -> None:
+    """Where more than one colour is in use."""
+    colors = {_whose_color(label, cell, reference) for label, cell in cells if rate_of(cell)}
+    names = {BLUE: "packloop", ORANGE: "other trainers", GREY: "the reference"}
+    if len(colors) > 1:
+        handles = [_patch(name, color=color) for color, name in names.items() if color in colors]
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
