@@ -248,11 +248,20 @@ def run(
 def report(
     results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Directories of `packloop bench run`.")],
     output: Annotated[Path, typer.Option(help="Directory for report.md, report.html and what they link to.")],
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the data set that costs are for.")] = 15_011,
+    epochs: Annotated[float, typer.Option(min=0.01, help="Passes over it.")] = 3,
+    tokens_per_row: Annotated[
+        float, typer.Option(min=1, help="Real tokens of its mean row; `packloop data stats` counts them.")
+    ] = 151,
+    prices: Annotated[Path | None, typer.Option(help="A price file of your own, instead of the one shipped.")] = None,
+    instance: Annotated[list[str] | None, typer.Option(help="Only this instance's cost; may be repeated.")] = None,
 ) -> None:
-    """Write RESULTS as Markdown and as one HTML page, with plots."""
+    """Write RESULTS as Markdown and as one HTML page, with plots and costs."""
+    from packloop.bench.cost import DataSet
     from packloop.bench.report import write_report
 
-    markdown, page = write_report(results, output)
+    data = DataSet(rows, epochs, tokens_per_row)
+    markdown, page = write_report(results, output, data=data, prices=prices, instances=instance or ())
     typer.echo(f"report in {page} and {markdown}")
 
 

@@ -10,11 +10,15 @@ from xml.etree import ElementTree
 
 import pytest
 from bench_cells import cell, conditions
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from packloop import cli
 from packloop.bench.groups import groups_of, reference_of
+from packloop.bench.point_labels import place_labels
+from packloop.bench.prices import load_prices
 from packloop.bench.report import build_report, gather_cells, write_report
-from packloop.bench.results import Cell, save_cell
+from packloop.bench.results import Cell, Floor, Profile, save_cell
 from packloop.errors import InputError
 
 EAGER = {"kernels.attention": "eager", "kernels.layer": "stock"}
@@ -58,7 +62,7 @@ class _Page(HTMLParser):
             target = values.get(key)
             if target and target.startswith("#"):
                 self.targets.append(target[1:])
-            elif target:
+            elif target and tag != "a":
                 self.outside.append(target)
 
 
@@ -86,7 +90,7 @@ def test_every_cell_is_in_both_forms_with_reason_and_conditions(results, tmp_pat
         assert words in text
     assert "1980 → 1500 MHz, 400 → 650 W" in text
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert (tmp_path / "out" / target).is_file()
+        assert target.startswith("https://") or (tmp_path / "out" / target).is_file()
     config = (tmp_path / "out" / "conditions" / "one-packloop-fused-6.yaml").read_text(encoding="utf-8")
     assert "per_device_train_batch_size: 6" in config
     assert "commit: abcdef0123456789" in config
@@ -94,9 +98,9 @@ def test_every_cell_is_in_both_forms_with_reason_and_conditions(results, tmp_pat
 
 def test_a_wrong_cell_has_no_rate_in_any_table(results, tmp_path):
     markdown, _ = write_report([results], tmp_path / "out")
-    (row,) = [line for line in markdown.read_text().splitlines() if "odd-4" in line and "wrong result" in line]
+    (row,) = [line for line in markdown.read_text().splitlines() if "odd-4" in line and "losses differ" in line]
+    assert "wrong result" in row
     assert "30,000" not in markdown.read_text()
-    assert "losses differ" in row
 
 
 def test_charts_are_of_one_batch_and_of_the_best_batches():
@@ -122,10 +126,44 @@ def test_the_reference_is_the_eager_cell_that_has_a_rate():
 
 def test_sessions_are_never_in_one_chart(tmp_path):
     cells = [cell("a", session="one"), cell("b", session="one"), cell("c", session="two"), cell("d", session="two")]
-    pictures = [block for block in build_report(cells).blocks if hasattr(block, "svg")]
+    pictures = [block for block in build_report(cells, load_prices()).blocks if hasattr(block, "svg")]
     for picture in pictures:
         names = {name for name in "abcd" if f">{name}<" in picture.svg}
         assert names in ({"a", "b"}, {"c", "d"})
+
+
+def test_time_by_class_adds_up_and_stands_against_the_floor(tmp_path):
+    by_class = {"base GEMM": 600.0, "attention": 200.0, "LoRA": 100.0}
+    profile = Profile(step_ms=1000, busy_ms=900, idle_share=0.1, by_class_ms=by_class)
+    floor = Floor(fraction=0.7, ms=700, parts_ms={}, attention="document")
+    save_cell(tmp_path / "results", cell("profiled", profile=profile, floor=floor))
+    save_cell(tmp_path / "results", cell("not-profiled", floor=floor))
+    markdown, page = write_report([tmp_path / "results"], tmp_path / "out")
+    (svg,) = [path.read_text() for path in (tmp_path / "out" / "plots").glob("*class-of-work.svg")]
+    # 16,000 tokens a step.
+    for words in ("base GEMM", "idle", "floor 43.8, 70% of the step", "37.5", "62.5", "ms per 1,000 real tokens"):
+        assert f">{words}<" in svg
+    assert "optimizer" not in svg
+    (row,) = [line for line in markdown.read_text().splitlines() if "37.50" in line]
+    assert [entry.strip() for entry in row.split("|")[2:-1]] == ["37.50", "12.50", "6.25", "6.25", "62.50"]
+    assert "37.50" in page.read_text()
+
+
+def test_names_of_points_keep_clear_of_each_other():
+    figure = Figure(figsize=(9.6, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    points = [(10 + n % 4, 1000 + 40 * (n // 4), f"a cell called {n}") for n in range(16)]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
+    axes.set_xlim(0, 60)
+    axes.set_ylim(0, 2000)
+    place_labels(figure, axes, points)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert len(boxes) == len(points)
+    for n, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[n + 1 :])
+        assert box.x0 >= axes.bbox.x0
+        assert box.x1 <= axes.bbox.x1
 
 
 def test_pictures_beside_the_markdown_stand_alone(results, tmp_path):
@@ -194,4 +232,4 @@ def test_cells_without_a_gpu_have_their_rows_too(tmp_path):
     on_cpu = conditions(device="CPU", device_memory_gib=None, driver=None, cuda=None, before=None, after=None)
     save_cell(tmp_path / "results", cell("a", conditions=on_cpu, memory=None))
     markdown, _ = write_report([tmp_path / "results"], tmp_path / "out")
-    assert "device CPU" in markdown.read_text()
+    assert "device: CPU" in markdown.read_text()

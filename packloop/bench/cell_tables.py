@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packloop.bench.document import Attachment, Reference, Table
+from packloop.bench.document import Attachment, Entry, Reference, Table
 from packloop.bench.drawing import IDLE
 from packloop.bench.groups import Group, batch_of, reference_of
 from packloop.bench.kernel_classes import CLASSES
@@ -39,7 +39,7 @@ def rates_table(cells: list[Cell], attachments: Attachments) -> Table:
         "#reserved GiB",
         "result",
     ]
-    rows: list[list[str | Reference]] = []
+    rows: list[list[Entry]] = []
     for cell in by_rate(cells):
         figures, memory = cell.figures if rate_of(cell) else None, cell.memory
         spread = figures.real_tokens_per_s if figures else None
@@ -67,7 +67,7 @@ def ratios_table(cells: list[Cell], groups: list[Group]) -> Table | None:
         return None
     columns = ["cell", "#batch"]
     columns += [f"#{group.short}: x {label_of(reference)}" for group, reference in with_reference]
-    rows: list[list[str | Reference]] = []
+    rows: list[list[Entry]] = []
     for cell in by_rate(cells):
         ratios = [_ratio(cell, group, reference) for group, reference in with_reference]
         if any(ratio != NONE for ratio in ratios):
@@ -94,7 +94,7 @@ def checks_table(cells: list[Cell]) -> Table:
         "losses off by (allowed)",
         "clock, power, temperature: before → after",
     ]
-    rows: list[list[str | Reference]] = []
+    rows: list[list[Entry]] = []
     for cell in by_rate(cells):
         flops, ceilings = cell.flops, cell.ceilings
         rows.append(
@@ -116,7 +116,7 @@ def checks_table(cells: list[Cell]) -> Table:
 def time_table(cells: list[Cell]) -> Table:
     """Milliseconds per 1,000 real tokens by class of work, of cells with a profile."""
     names = [name for name in [*CLASSES, IDLE] if any(name in pieces_of(cell) for cell in cells)]
-    rows: list[list[str | Reference]] = []
+    rows: list[list[Entry]] = []
     for cell in by_rate(cells):
         pieces = pieces_of(cell)
         shown = [f"{ms_per_thousand(cell, pieces[name]):.2f}" if name in pieces else NONE for name in names]

@@ -55,11 +55,22 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A table's entry that leads out of the report."""
+
+    text: str
+    url: str
+
+
+Entry = str | Reference | Link
+
+
+@dataclass(frozen=True)
 class Table:
     """Columns that begin with `#` hold numbers and are set flush right, without the sign."""
 
     columns: list[str]
-    rows: list[list[str | Reference]]
+    rows: list[list[Entry]]
 
 
 @dataclass(frozen=True)
@@ -137,9 +148,11 @@ def markdown_table(table: Table) -> str:
     return "\n".join([line(names), line(rule), *map(line, rows)])
 
 
-def _markdown_entry(entry: str | Reference) -> str:
+def _markdown_entry(entry: Entry) -> str:
     if isinstance(entry, Reference):
         return f"[{_markdown_entry(entry.text)}]({entry.target.path})"
+    if isinstance(entry, Link):
+        return f"[{_markdown_entry(entry.text)}]({entry.url})"
     return re.sub(r"([|*_<\\])", r"\\\1", entry).replace("\n", " ")
 
 
@@ -181,7 +194,9 @@ def _html_table(table: Table) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
-def _html_entry(entry: str | Reference) -> str:
+def _html_entry(entry: Entry) -> str:
+    if isinstance(entry, Link):
+        return f'<a href="{html.escape(entry.url)}">{html.escape(entry.text)}</a>'
     if isinstance(entry, Reference):
         return f'<a href="#{html.escape(entry.target.key)}">{html.escape(entry.text)}</a>'
     return html.escape(entry)

@@ -29,6 +29,7 @@ body {
 h1 { font-size: 1.7rem; line-height: 1.2; }
 h2 { font-size: 1.35rem; margin-top: 2.5rem; border-bottom: 1px solid var(--grid); padding-bottom: 0.2rem; }
 h3 { font-size: 1.1rem; margin-top: 2rem; }
+h4 { font-size: 1rem; margin-top: 1.5rem; }
 p, li { max-width: 52rem; }
 a { color: var(--link); }
 code, pre { font-family: ui-monospace, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.875em; }

@@ -19,6 +19,8 @@ from packloop.bench.cell_tables import (
     ratios_table,
     time_table,
 )
+from packloop.bench.cost import TUTORIAL_DATA, DataSet, measured_ceilings
+from packloop.bench.cost_section import cost_blocks, cost_introduction
 from packloop.bench.document import (
     Attachment,
     Block,
@@ -31,6 +33,7 @@ from packloop.bench.document import (
 )
 from packloop.bench.groups import Group, groups_of, reference_of
 from packloop.bench.plots import memory_plot, rate_of, rates_plot, time_plot
+from packloop.bench.prices import Instance, load_prices
 from packloop.bench.results import Cell, Conditions, load_cells
 from packloop.errors import InputError
 from packloop.gpus import require_gpu
@@ -46,11 +49,22 @@ _HOW_TO_READ = [
 _CAPACITIES = (("A10G", "a10g"), ("A100 40 GB", "a100-40gb"), ("A100, H100 80 GB", "h100"))
 
 
-def write_report(directories: Sequence[Path], output: Path) -> tuple[Path, Path]:
-    """Writes the report of all directories; returns the paths of its Markdown and its page."""
+def write_report(
+    directories: Sequence[Path],
+    output: Path,
+    *,
+    data: DataSet = TUTORIAL_DATA,
+    prices: Path | None = None,
+    instances: Sequence[str] = (),
+) -> tuple[Path, Path]:
+    """Writes the report of all directories; returns the paths of its Markdown and its page.
+
+    data: what costs are for. prices: a file of one's own; instances: those of it to show, all without names.
+    """
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {str(output)!r} is a file; give a directory")
-    document = build_report(gather_cells(directories))
+    priced = load_prices(prices, instances)
+    document = build_report(gather_cells(directories), priced, data)
     output.mkdir(parents=True, exist_ok=True)
     return write_document(document, output)
 
@@ -65,13 +79,17 @@ def gather_cells(directories: Sequence[Path]) -> list[Cell]:
     return cells
 
 
-def build_report(cells: list[Cell]) -> Document:
+def build_report(cells: list[Cell], instances: list[Instance], data: DataSet = TUTORIAL_DATA) -> Document:
     """The whole report, not yet written anywhere."""
     document = Document("Benchmark report")
     document.add(Paragraph(_summary(cells)), Bullets(_HOW_TO_READ))
-    attachments = _attachments(cells)
-    for session in _sessions(cells):
-        _add_session(document, session, [cell for cell in cells if cell.session == session], attachments)
+    attachments, measured = _attachments(cells), measured_ceilings(cells)
+    sessions = {name: [cell for cell in cells if cell.session == name] for name in _sessions(cells)}
+    for session, members in sessions.items():
+        _add_session(document, session, members, attachments)
+    document.add(*cost_introduction(instances, data))
+    for session, members in sessions.items():
+        document.add(*cost_blocks(session, members, instances, data, measured))
     document.add(Heading("Conditions and configuration of every row"), *attachments.values())
     return document
 
@@ -80,7 +98,11 @@ def _summary(cells: list[Cell]) -> str:
     counts = [(words, sum(cell.status == status for cell in cells)) for status, words in STATUS_WORDS.items()]
     shown = ", ".join(f"{count} {words}" for words, count in counts if count)
     sessions = len(_sessions(cells))
-    return f"{len(cells)} cells in {sessions} session{'s' if sessions > 1 else ''}: {shown}."
+    return f"{_counted(len(cells), 'cell')} in {_counted(sessions, 'session')}: {shown}."
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _sessions(cells: list[Cell]) -> list[str]:
