@@ -1,41 +1,48 @@
-"""Which layers recompute, cache weights or keep their products' inputs, for the most speed within a memory budget.
+"""The numbers of layers that recompute, cache weights or keep inputs, chosen on the GPU at hand within a memory budget.
 
-Each choice trades memory for time at its own rate, which is measured on the model at hand: milliseconds saved a GiB.
-The best rates are bought first, until the budget is spent; one real forward and backward pass then checks the
-purchase.
+What each choice saves is measured on the model; `planner.policy` chooses; one real forward and backward pass then
+checks the choice.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
 
-from packloop.errors import OutOfMemoryError
+from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price, choose_plan, fits_bytes, smallest_plan
+from packloop.errors import ConfigError, OutOfMemoryError
 from packloop.kernels.decoder_layer import FusedLayer, activation_bytes, decoder_layer
 from packloop.kernels.patch import FusedLayers, find_llama, load_backend, packed_loss_sum, patched
 
 # Left to the driver, the CUDA context and what other libraries allocate, where no budget is given.
 MARGIN_GIB = 2.0
+_GIB = 2**30
 _MEASURED_ROUNDS = 9
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Numbers of layers: recomputed (the first), cached (the first), with their products' inputs kept (the last)."""
+def enforce_budget(model: nn.Module, budget_gib: float | None, paged_bytes: int, device: torch.device) -> None:
+    """From here on torch may reserve what the budget leaves beside paged optimizer state, which it does not count.
 
-    recompute_layers: int
-    cached_layers: int
-    keep_inputs_layers: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.recompute_layers} layers recomputed, {self.cached_layers} with dequantised weights cached, "
-            f"{self.keep_inputs_layers} with inputs kept"
+    model: with weights and trained state in place. ConfigError for a budget larger than the device, OutOfMemoryError
+    for one that what is in place already exceeds. Without a budget, or without a GPU, nothing is limited.
+    """
+    if budget_gib is None or device.type != "cuda":
+        return
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    if budget_gib * _GIB > total_bytes:
+        raise ConfigError(
+            f"train.memory_budget_gib={budget_gib:g}: this GPU has {total_bytes / _GIB:.1f} GiB; "
+            f"give less, or null for all but {MARGIN_GIB:g} GiB"
         )
+    allowed_bytes = budget_gib * _GIB - paged_bytes
+    torch.cuda.empty_cache()
+    if torch.cuda.memory_reserved(device) > allowed_bytes:
+        raise OutOfMemoryError(_table(model, budget_gib * _GIB, paged_bytes))
+    torch.cuda.set_per_process_memory_fraction(allowed_bytes / total_bytes, device)
 
 
 def plan_memory(
@@ -50,46 +57,33 @@ def plan_memory(
     """(plan, why) for a fused model on CUDA whose weights, gradients and optimizer state are in place.
 
     micro: one full micro-batch as `engine.batch.to_device` returns it. fixed: fields of the plan that are not free.
-    budget_gib: reserved memory allowed, default the device less a margin; it is enforced from here on. Raises
-    OutOfMemoryError where even the smallest plan does not fit. Gradients are left zeroed, generators as they were.
+    budget_gib: memory allowed, reserved and paged together, default the device less a margin; `enforce_budget` limits
+    it. Raises OutOfMemoryError where even the smallest plan does not fit. Gradients are left zeroed, generators as they
+    were.
     """
-    device = micro[0].device
-    total_bytes = torch.cuda.get_device_properties(device).total_memory
-    budget_bytes = (budget_gib or total_bytes / 2**30 - MARGIN_GIB) * 2**30
-    if budget_gib:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total_bytes), device)
+    total_bytes = torch.cuda.get_device_properties(micro[0].device).total_memory
+    budget_bytes = budget_gib * _GIB if budget_gib else total_bytes - MARGIN_GIB * _GIB
     llama = find_llama(model)
     num_layers = len(llama.model.layers)
-    smallest = MemoryPlan(**{"recompute_layers": num_layers, "cached_layers": 0, "keep_inputs_layers": 0, **fixed})
+    smallest = smallest_plan(num_layers, fixed)
     if len(fixed) == 3:
         return smallest, "as set"
     used_bytes = _peak_bytes(model, micro, attention, smallest)
     if used_bytes is None:
-        raise OutOfMemoryError(_table(model, micro, budget_bytes, paged_bytes))
+        raise OutOfMemoryError(_table(model, budget_bytes, paged_bytes, num_slots=micro[0].numel()))
+    costs = _measure(llama, micro, attention)
     spare_bytes = budget_bytes - paged_bytes - used_bytes
-    rates = _measure(llama, micro, attention)
-    plan = _spend(smallest, fixed, rates, spare_bytes, num_layers)
+    plan = choose_plan(costs, num_layers, fixed, fits_bytes(costs, num_layers, fixed, spare_bytes)) or smallest
     while (peak := _peak_bytes(model, micro, attention, plan)) is None or peak + paged_bytes > budget_bytes:
         smaller = _one_less(plan, fixed, num_layers)
         if smaller == plan:
             break
         plan = smaller
-    described = ", ".join(f"{name} {rate.ms:.2f} ms for {rate.bytes / 2**30:.2f} GiB" for name, rate in rates.items())
-    return plan, (
-        f"a layer's {described}; peak {(peak or used_bytes) / 2**30:.1f} GiB of {budget_bytes / 2**30:.1f} allowed"
-    )
+    return plan, f"a layer's {costs}; peak {(peak or used_bytes) / _GIB:.1f} GiB of {budget_bytes / _GIB:.1f} allowed"
 
 
-@dataclass(frozen=True)
-class _Rate:
-    """What one layer saves, and its price."""
-
-    ms: float
-    bytes: int
-
-
-def _measure(llama: nn.Module, micro: tuple, attention: str) -> dict[str, _Rate]:
-    """The rates of not recomputing, caching and keeping inputs, of one layer in the middle of the model."""
+def _measure(llama: nn.Module, micro: tuple, attention: str) -> LayerCosts:
+    """What not recomputing, caching and keeping inputs save, of one layer in the middle of the model."""
     _, position_ids_BL, layout, *_ = micro
     fused = FusedLayers(llama.model, load_backend(attention), ["products"] * len(llama.model.layers), 0)
     layer = fused.layers[len(fused.layers) // 2]
@@ -124,27 +118,11 @@ def _measure(llama: nn.Module, micro: tuple, attention: str) -> dict[str, _Rate]
     cache_bytes = sum(weights.dense_bytes for weights in layer.weights.values())
     for master in (*layer.masters, *cached.masters):
         master.grad.zero_()
-    return {
-        "recomputation": _Rate(times["input"] - times["products"], sizes["products"]),
-        "cache": _Rate(times["products"] - times["cached"], cache_bytes),
-        "inputs": _Rate(times["products"] - times["all"], sizes["inputs"]),
-    }
-
-
-def _spend(
-    plan: MemoryPlan, fixed: dict[str, int], rates: dict[str, _Rate], spare_bytes: float, num_layers: int
-) -> MemoryPlan:
-    """Buys layers of each kind, best milliseconds a byte first."""
-    fields = {"recomputation": "recompute_layers", "cache": "cached_layers", "inputs": "keep_inputs_layers"}
-    for name in sorted(rates, key=lambda name: -rates[name].ms / max(rates[name].bytes, 1)):
-        rate, field = rates[name], fields[name]
-        if field in fixed or rate.ms <= 0 or rate.bytes == 0:
-            continue
-        most = num_layers - plan.recompute_layers if name == "inputs" else num_layers
-        bought = max(0, min(most, int(spare_bytes // rate.bytes)))
-        spare_bytes -= bought * rate.bytes
-        plan = replace(plan, **{field: num_layers - bought if name == "recomputation" else bought})
-    return plan
+    return LayerCosts(
+        recomputation=Price(times["input"] - times["products"], sizes["products"]),
+        cache=Price(times["products"] - times["cached"], cache_bytes),
+        inputs=Price(times["products"] - times["all"], sizes["inputs"]),
+    )
 
 
 def _one_less(plan: MemoryPlan, fixed: dict[str, int], num_layers: int) -> MemoryPlan:
@@ -182,23 +160,29 @@ def _peak_bytes(model: nn.Module, micro: tuple, attention: str, plan: MemoryPlan
                 parameter.grad.zero_()
 
 
-def _table(model: nn.Module, micro: tuple, budget_bytes: float, paged_bytes: int) -> str:
-    """Where the memory goes, for the error: weights, trained state, one layer, the head; and what to change."""
+def _table(model: nn.Module, budget_bytes: float, paged_bytes: int, num_slots: int = 0) -> str:
+    """Where the memory goes, for the error: weights, trained state, with every layer recomputed; and what to change.
+
+    num_slots: of a micro-batch, 0 where it is not one that does not fit.
+    """
     llama = find_llama(model)
+    num_layers, hidden = len(llama.model.layers), llama.config.hidden_size
     trained = [p for p in model.parameters() if p.requires_grad]
-    frozen_bytes = sum(_bytes(p) for p in model.parameters() if not p.requires_grad)
-    num_slots = micro[0].numel()
     rows = {
-        "frozen weights": frozen_bytes,
+        "frozen weights": sum(_bytes(p) for p in model.parameters() if not p.requires_grad),
         "adapter, its gradient": 2 * sum(_bytes(p) for p in trained),
         "optimizer state": paged_bytes or 2 * sum(_bytes(p) for p in trained),
-        f"inputs of {len(llama.model.layers)} layers, {num_slots:,} slots": len(llama.model.layers)
-        * num_slots
-        * llama.config.hidden_size
-        * llama.model.norm.weight.element_size(),
-        "allowed": int(budget_bytes),
     }
-    listed = "\n".join(f"  {name:<44}{size / 2**30:>8.2f} GiB" for name, size in rows.items())
+    if num_slots:
+        kept_bytes = num_layers * num_slots * hidden * llama.model.norm.weight.element_size()
+        rows[f"inputs of {num_layers} layers, {num_slots:,} slots"] = kept_bytes
+    rows["allowed"] = int(budget_bytes)
+    listed = "\n".join(f"  {name:<44}{size / _GIB:>8.2f} GiB" for name, size in rows.items())
+    if not num_slots:
+        return (
+            f"train.memory_budget_gib={budget_bytes / _GIB:g} does not hold the model:\n{listed}\n"
+            "raise it, lower lora.r, or use model.quantization=nf4 where it is none"
+        )
     return (
         f"out of memory with every layer recomputed:\n{listed}\n"
         "lower train.per_device_train_batch_size (and raise gradient_accumulation_steps), data.max_length or lora.r, "

@@ -13,7 +13,8 @@ from torch import nn
 from packloop.config import RunConfig
 from packloop.data.loader import PackLoader
 from packloop.engine.batch import to_device
-from packloop.engine.memory import MemoryPlan, plan_memory
+from packloop.engine.memory import enforce_budget, plan_memory
+from packloop.engine.planner.policy import MemoryPlan
 from packloop.errors import ConfigError
 from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend, prepare_layout
 from packloop.kernels.patch import why_not_fused
@@ -27,8 +28,10 @@ def resolve_auto(
     """The configuration with every `auto` replaced by what it chose, so that a resumed run makes the same choice.
 
     Rank 0 chooses for all. paged_bytes: optimizer state that the driver may move to the host, counted into the budget.
-    The loader's position and torch's generators are left as they were. ConfigError where a requested kernel cannot run.
+    train.memory_budget_gib is enforced from here on. The loader's position and torch's generators are left as they
+    were. ConfigError where a requested kernel cannot run.
     """
+    enforce_budget(model, config.train.memory_budget_gib, paged_bytes, accelerator.device)
     chosen = [None]
     if accelerator.is_main_process:
         chosen = [_resolve(config, model, loader, accelerator.device, paged_bytes)]

@@ -1,0 +1,93 @@
+"""The planner's list of allocations against those of the real code, run on the CPU without its kernels' arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from transformers import LlamaConfig
+from triton.runtime.jit import JITFunction
+
+from packloop.bench.synthetic import random_model
+from packloop.config import LoraConfig, ModelConfig
+from packloop.engine.model import attach_adapter
+from packloop.engine.optim import FlatParameters
+from packloop.engine.planner.allocations import MicroBatch, Step
+from packloop.engine.planner.policy import MemoryPlan
+from packloop.engine.planner.shape import ModelShape
+from packloop.kernels import document_attention, lora_linear, patch, reference
+from packloop.kernels.attention import DocumentLayout
+from packloop.kernels.document_attention import BackwardTiles, Tiles
+
+ARCHITECTURE = LlamaConfig(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+)
+SLOTS = 4096
+
+
+@pytest.fixture
+def without_arithmetic(monkeypatch):
+    """Host code as on a GPU, with launches that do nothing: what is allocated when does not depend on values."""
+    tiles = Tiles(owned=64, streamed=32, num_warps=4, num_stages=2)
+    monkeypatch.setattr(reference, "serves", lambda tensor: False)
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(
+        document_attention, "_default_tiles", lambda *_: (tiles, BackwardTiles(queries=tiles, keys=tiles))
+    )
+    # On a GPU one product that sums in fp32 where it is asked to.
+    monkeypatch.setattr(lora_linear, "_wide_product", lambda left, right, total=None: total)
+
+
+def real_peak(lora: LoraConfig, plan: MemoryPlan) -> tuple[int, ModelShape]:
+    """Bytes that one forward and backward pass has allocated at its peak, by torch's own records."""
+    torch.manual_seed(0)
+    base = random_model(ARCHITECTURE, quantization="nf4", device=torch.device("cpu"))
+    model = attach_adapter(base, lora, base_name="base").train()
+    FlatParameters(model)
+    lengths = torch.arange(0, SLOTS + 1, 256, dtype=torch.int32)
+    layout = DocumentLayout(
+        torch.zeros(2, SLOTS // 2, dtype=torch.int32), lengths, 256, is_packed=True, cu_seqlens_cpu=lengths
+    )
+    ids, positions = torch.zeros(2, SLOTS // 2, dtype=torch.int64), torch.arange(SLOTS // 2).repeat(2, 1)
+    index = torch.arange(SLOTS)
+    with patch.patched(model, attention="document", fused=True, **asdict(plan)) as llama:
+        for _ in range(2):  # the first makes what stays
+            with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as made:
+                patch.packed_loss_sum(llama, ids, positions, layout, index, torch.zeros_like(index)).backward()
+    records = [event for event in made.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for record in sorted(records, key=lambda record: record.start_ns()):
+        alive += record.nbytes()
+        peak = max(peak, alive)
+    return peak, ModelShape.of(ARCHITECTURE, ModelConfig(), lora)
+
+
+PLANS = {
+    "nothing kept": MemoryPlan(4, 0, 0),
+    "all recomputed, cached": MemoryPlan(4, 4, 0),
+    "products": MemoryPlan(0, 0, 0),
+    "cached": MemoryPlan(0, 4, 0),
+    "inputs": MemoryPlan(0, 0, 4),
+    "mixed": MemoryPlan(2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["q,v", "all-linear"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_predicted_peak_is_the_real_codes(without_arithmetic, plan, targets, dropout):
+    lora = LoraConfig(r=16, dropout=dropout, target_modules=targets)
+    real, shape = real_peak(lora, plan)
+    predicted = Step(shape, MicroBatch(slots=SLOTS, labels=SLOTS, attention="document")).peak_bytes(plan)
+    assert predicted == pytest.approx(real, rel=0.01)
