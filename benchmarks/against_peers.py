@@ -17,6 +17,7 @@ import fcntl
 import importlib.util
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -90,26 +91,30 @@ class Comparison:
         self.shape = arguments.dry_run or arguments.shape
         self.work = arguments.work.resolve()
         self.checkpoint = self.work / f"checkpoint-{self.shape}"
+        self.session = f"{name} {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S}"
         self.rows: list[dict[str, Any]] = []
 
-    def run(self) -> dict[str, Any]:
-        """Every turn, in order; returns what is written as JSON."""
+    def run(self) -> None:
+        """Every turn, in order."""
         turns = self._sweep_turns() if self.arguments.sweep else self._turns()
         with ExitStack() as stack:
             sides: dict[str, LiveProcess | AbsentProcess] = {}
-            for side in dict.fromkeys(side for _, side, _ in turns):
-                sides[side] = self._side(side)
-                stack.callback(sides[side].close)
-                sides[side].start()
+            for name in dict.fromkeys(side for _, side, _ in turns):
+                side = sides[name] = self._side(name)
+                stack.push(lambda error, *_, side=side: side.close(patience_s=0 if error else 15))
+                side.start()
             # Nobody is timed while somebody else still loads.
             for side in sides.values():
                 self._say_ready(side)
             for turn, side, options in turns:
                 self._take(turn, sides[side], options)
+
+    def result(self) -> dict[str, Any]:
+        """What is written as JSON, of the rows that there are."""
         return {
             "case": self.name,
             "shape": self.shape,
-            "session": self._session(),
+            "session": self.session,
             "verdicts": [] if self.arguments.sweep else judge(self.case, self.rows),
             "rows": self.rows,
         }
@@ -194,9 +199,6 @@ class Comparison:
             partial.rename(self.checkpoint)
         return None
 
-    def _session(self) -> str:
-        return f"{self.name} {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S}"
-
 
 def write(result: dict[str, Any], directory: Path, name: str) -> None:
     """NAME.json with every row, and the directory NAME with a cell a setting."""
@@ -209,15 +211,20 @@ def write(result: dict[str, Any], directory: Path, name: str) -> None:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     arguments = parse(argv)
+    # As an exception, so that the sides end and the rows so far are kept.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     results = []
     for name in arguments.cases:
-        result = Comparison(name, arguments).run()
-        results.append(result)
+        comparison = Comparison(name, arguments)
+        try:
+            comparison.run()
+        finally:
+            result = comparison.result()
+            write(result, arguments.output_dir, f"{name}-sweep" if arguments.sweep else name)
+            results.append(result)
         if arguments.sweep:
-            write(result, arguments.output_dir, f"{name}-sweep")
             print(*best_batches(result["rows"]), sep="\n", flush=True)
             continue
-        write(result, arguments.output_dir, name)
         for side in sorted(set(arguments.turns)):
             row = next(row for row in result["rows"] if row["turn"] == side)
             print(side, row["who"], json.dumps({**row.get("settings", {}), **row.get("chosen", {})}), flush=True)

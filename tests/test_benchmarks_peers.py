@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -167,14 +168,24 @@ def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsy
     assert (their_cell.who, their_cell.status) == ("Unsloth", "failed")
     assert "GPU" in their_cell.reason
     assert their_cell.session == ours_cell.session
+    assert (ours_cell.name, their_cell.name) == ("packloop-batch-1", "not-run")
 
 
-def test_driver_sweeps_one_side(places, tmp_path, capsys):
-    command = _command(places, tmp_path, "qv-liger", "--sweep", "1,2", "--sweep-side", "A")
-    [result] = against_peers.main(command)
-    assert [row["settings"]["batch"] for row in result["rows"]] == [1, 2]
-    assert "packloop: batch" in capsys.readouterr().out
-    assert len(load_cells(tmp_path / "out" / "qv-liger-sweep")) == 2
+def test_a_sweep_that_is_stopped_keeps_its_rows(places, tmp_path):
+    command = _command(places, tmp_path, "qv-liger", "--sweep", ",".join(["1", "2"] * 200), "--sweep-side", "A")
+    script = REPOSITORY / "benchmarks" / "against_peers.py"
+    with subprocess.Popen([sys.executable, script, *command], stdout=subprocess.PIPE, text=True) as driver:
+        ready, first, second = (driver.stdout.readline() for _ in range(3))
+        driver.terminate()
+        driver.communicate(timeout=60)
+    assert "packloop is ready" in ready
+    assert "batch 1, bfd" in first
+    assert "batch 2, bfd" in second
+    swept = json.loads((tmp_path / "out" / "qv-liger-sweep.json").read_text())["rows"]
+    assert [row["settings"]["batch"] for row in swept[:2]] == [1, 2]
+    assert 2 <= len(swept) < 400
+    cells = load_cells(tmp_path / "out" / "qv-liger-sweep")
+    assert [cell.name for cell in cells] == ["packloop-batch-1", "packloop-batch-2"]
 
 
 FAULTY = """
@@ -269,7 +280,7 @@ def test_cells_join_the_laps_of_turns(places, tmp_path):
     side = ours.Packloop(arguments)
     turns = [{"turn": "A", **live.take_turn(side, arguments)} for _ in range(2)]
     save_cells(tmp_path, [*turns, {"turn": "B", "who": "TRL", "failed": "first\nlast"}], session="s", shape="tiny")
-    mine, theirs = load_cells(tmp_path)
+    theirs, mine = sorted(load_cells(tmp_path), key=lambda cell: cell.who)
     timed = [lap["ms"] for row in turns for lap in row["laps"][1:]]
     assert mine.figures.warmup_steps == 2
     assert mine.figures.step_ms_all[2:] == pytest.approx(timed, abs=1e-3)

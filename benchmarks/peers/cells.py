@@ -33,26 +33,26 @@ _OF_THE_RUN = ("warmup", "steps", "seed", "floor", "shape")
 
 def save_cells(directory: Path, rows: list[Row], *, session: str, shape: str) -> list[Path]:
     """Writes a cell for all rows of one name; directory: what `packloop bench report` is given."""
-    names = dict.fromkeys((row["turn"], row.get("batch")) for row in rows)
-    return [
-        save_cell(directory, make_cell(name, members, session=session, shape=shape, all_rows=rows))
-        for name in names
-        if (members := [row for row in rows if (row["turn"], row.get("batch")) == name])
-    ]
+    settings: dict[tuple[str, int | None], list[Row]] = {}
+    for row in rows:
+        settings.setdefault((row["turn"], row.get("batch")), []).append(row)
+    cells = [make_cell(members, session=session, shape=shape, all_rows=rows) for members in settings.values()]
+    return [save_cell(directory, cell) for cell in cells]
 
 
-def make_cell(name: tuple[str, int | None], rows: list[Row], *, session: str, shape: str, all_rows: list[Row]) -> Cell:
+def make_cell(rows: list[Row], *, session: str, shape: str, all_rows: list[Row]) -> Cell:
     """Of the turns of one setting; where none was measured, of the reason. all_rows: of the session.
 
     Laps to warm up come first in `step_ms_all`, then the timed ones, turn after turn.
     """
     measured = [row for row in rows if is_measured(row)]
     row = (measured or rows)[0]
+    turn, batch = row["turn"], row.get("batch")
     settings = row.get("settings", {})
     status = "measured" if measured else "out_of_memory" if row.get("out_of_memory") else "failed"
     missing = [_reason(other) for other in rows if not is_measured(other)]
     return Cell(
-        name=_slug(name, row["who"]),
+        name=_name(turn, row["who"], settings.get("batch", batch)),
         who=row["who"],
         session=session,
         status=status,
@@ -67,11 +67,12 @@ def make_cell(name: tuple[str, int | None], rows: list[Row], *, session: str, sh
     )
 
 
-def _slug(name: tuple[str, int | None], who: str) -> str:
-    turn, batch = name
-    words = who if turn in ("A", "B") else turn
-    words += "" if batch is None else f" batch {batch}"
-    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+def _name(turn: str, who: str, batch: int | None) -> str:
+    """Of ours packloop and the turn, of a peer's the turn, as reports put whose it is in front; then the batch."""
+    kept = turn.removeprefix("ours, ").removeprefix("ours ").removeprefix(who).removeprefix(", ")
+    words = "" if kept in ("A", "B") else kept
+    words = f"{'packloop' if who == 'packloop' else ''} {words} {'' if batch is None else f'batch {batch}'}"
+    return re.sub(r"[^a-z0-9.]+", "-", words.replace("'", "").lower()).strip("-") or "not-run"
 
 
 def _reason(row: Row) -> str:

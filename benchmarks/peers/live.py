@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from benchmarks.peers import memory, settings
 from benchmarks.peers.protocol import write_row
 from packloop.bench.conditions import describe_conditions, gpu_state
+from packloop.bench.results import GpuState
 
 # What a turn may leave behind in memory beyond what the loaded model took, before the process makes way for another.
 LEFTOVER_GIB = 2.0
@@ -56,7 +57,8 @@ def take_turn(side: Side, arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     before = gpu_state()
     row = memory.or_out_of_memory(lambda: side.turn(arguments))
-    after = gpu_state()
+    # Of right after the last step: by now the clocks may have come down.
+    after = GpuState(**row.pop("gpu_after")) if "gpu_after" in row else gpu_state()
     memory.release()
     conditions = describe_conditions(before, after, packages=settings.PACKAGES, commit=arguments.commit)
     return {

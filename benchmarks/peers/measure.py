@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from packloop.bench.conditions import gpu_state
 from packloop.bench.steps import Lap, LapTimer, cap_memory, lap_figures, memory_figures, reset_peak
 
 # bitsandbytes' paged optimizers leave the state of smaller tensors in plain memory.
@@ -92,5 +93,7 @@ def measure_trainer(trainer: Trainer, arguments: argparse.Namespace) -> dict[str
 
 
 def figures(laps: list[Lap], warmup: int) -> dict[str, Any]:
-    """`lap_figures` and the laps themselves, so that those of several turns can be joined."""
-    return {**lap_figures(laps, warmup), "laps": [asdict(lap) for lap in laps]}
+    """`lap_figures`, the laps themselves, so that those of several turns can be joined, and the GPU's state now."""
+    state = gpu_state()
+    after = {} if state is None else {"gpu_after": state.model_dump(mode="json")}
+    return {**lap_figures(laps, warmup), "laps": [asdict(lap) for lap in laps], **after}

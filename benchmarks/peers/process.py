@@ -149,7 +149,7 @@ class AbsentProcess:
     def turn(self, options: list[str]) -> dict[str, Any]:
         return {"who": self.who, "skipped": self._reason}
 
-    def close(self) -> None: ...
+    def close(self, patience_s: float = 0) -> None: ...
 
 
 def _forward(descriptor: int, lines: queue.Queue[str]) -> None:
