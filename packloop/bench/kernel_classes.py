@@ -33,7 +33,7 @@ CLASSES = (
 # Name fragments that say for sure what a kernel is for, whoever launched it.
 _NAMED = (
     (DEQUANTISATION, ("_nf4_dequantize", "kDequantize", "bitsandbytes::dequantize")),
-    (COLLECTIVES, ("ncclDevKernel", "ncclKernel", "nccl:", "c10d::", "gloo:")),
+    (COLLECTIVES, ("nccl", "c10d::")),
     (
         ATTENTION,
         ("document_attention", "flash", "fmha", "cudnn_generated", "cudnn::fusion", "FlashAttn", "scaled_dot_product"),

@@ -107,9 +107,12 @@ def profile_steps(job: Job, options: dict[str, Any], *, steps: int, warmup: int,
         reset_peak()
         for _ in range(warmup):
             step(job.next_window())
-        windows = [job.next_window() for _ in range(steps)]
-        taken.laps = [step(window) for window in windows]
+        windows = []
+        for _ in range(steps):
+            windows.append(job.next_window())
+            taken.laps.append(step(windows[-1]))
         for window in windows:
+            job.next_window()  # as before every step, so that within it the next is fetched and copied
             lap, breakdown = trace_step(step, window, trace)
             taken.traced_laps.append(lap)
             taken.breakdowns.append(breakdown)

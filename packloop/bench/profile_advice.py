@@ -84,7 +84,17 @@ class Advice(Record):
 
 def advise(situation: Situation) -> Advice:
     """The advice for a run, from its profile alone."""
-    makers = (_recomputation, _dequantisation, _idle, _attention, _padding, _stock_layers, _kept_inputs, _optimizer)
+    makers = (
+        _recomputation,
+        _dequantisation,
+        _idle,
+        _attention,
+        _padding,
+        _stock_layers,
+        _kept_inputs,
+        _optimizer,
+        _collectives,
+    )
     candidates = [candidate for make in makers if (candidate := make(situation)) is not None]
     candidates.sort(key=lambda candidate: -candidate.saves_ms)
     best = candidates[0] if candidates else None
@@ -196,6 +206,8 @@ def _dequantisation(situation: Situation) -> Candidate | None:
 
 
 def _idle(situation: Situation) -> Candidate | None:
+    if situation.idle_ms <= 0.0:
+        return None
     train = situation.config.train
     batch, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     setting = f"train.per_device_train_batch_size={2 * batch}"
@@ -273,3 +285,13 @@ def _optimizer(situation: Situation) -> Candidate | None:
     how = f"its {ms:,.1f} ms less the {ms - saves_ms:,.1f} that its passes over memory need, if all of that is paging"
     limit = f"the optimizer, {_share(situation, ms)}"
     return _candidate(situation, "train.optim=adamw_32bit", saves_ms, limit, how)
+
+
+def _collectives(situation: Situation) -> Candidate | None:
+    ms = situation.ms(classes.COLLECTIVES)
+    if ms == 0.0:
+        return None
+    setting = f"train.gradient_accumulation_steps={2 * situation.config.train.gradient_accumulation_steps}"
+    limit = f"the processes' sum of gradients, {_share(situation, ms)}"
+    how = f"half of its {ms:,.1f} ms a token, as it comes once a step"
+    return _candidate(situation, setting, ms / 2, limit, how, "a step of twice the size")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
@@ -58,56 +59,97 @@ def profile_command(
         finally:
             if torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(1.0)
+        if result is None:
+            return
         write_profile(result, trace, output)
     _print(result, output)
 
 
 def _profile(
     config: RunConfig, synthetic: str | None, tokenizer_name: str | None, *, steps: int, warmup: int, trace: Path
-) -> ProfileResult:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if synthetic is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
-        tokenizer_name = tokenizer_name or "bundled"
-    named = {"name_or_path": tokenizer_name, "revision": None} if tokenizer_name else {}
-    tokenizer = load_tokenizer(config.model.model_copy(update=named))
-    data = build_data(config.data, tokenizer, seed=config.train.seed)
+) -> ProfileResult | None:
+    """None in all processes but the first, whose work the others only share."""
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    device = accelerator.device
     cap_memory(config.train.memory_budget_gib, 0)
-    if synthetic is not None:
-        shape = shape_config(synthetic)
-        if len(tokenizer) > shape.vocab_size:
-            raise InputError(
-                f"the tokenizer has {len(tokenizer):,} tokens and the shape {synthetic!r} {shape.vocab_size:,}; "
-                "give the model's own with --tokenizer"
-            )
-        base = random_model(shape, quantization=config.model.quantization, device=device)
-    else:
-        base = load_base(config.model, device)
-    job = Job(config, base, data, tokenizer.pad_token_id)
+    job = _make_job(config, synthetic, tokenizer_name, device)
     options = job.resolve()
     cap_memory(config.train.memory_budget_gib, job.optimizer.paged_bytes)
     before = gpu_state()
     taken = profile_steps(job, options, steps=steps, warmup=warmup, trace=trace)
-    after = gpu_state()
+    conditions = describe_conditions(before, gpu_state())
     memory = memory_figures(job.optimizer.paged_bytes)
     room, reason = measure_room(job, taken.num_slots), why_not_fused(job.model)
-    config, llama_config = job.config, job.model.config
+    llama_config = job.model.config
     job.close()
+    if not accelerator.is_main_process:
+        return None
     if device.type == "cuda":
         synchronize()
         torch.cuda.set_per_process_memory_fraction(1.0)
-    ceilings, attention = _measure(llama_config, config, taken, device)
-    num_layers = llama_config.num_hidden_layers
+    ceilings, attention = _measure(llama_config, job.config, taken, device)
+    situation = _situation(job.config, llama_config.num_hidden_layers, taken, room, reason, ceilings, attention)
+    return ProfileResult(
+        shape=_shape_name(synthetic, config),
+        device="gpu" if situation.is_gpu else "cpu",
+        config=job.config.model_dump(mode="json"),
+        warmup_steps=warmup,
+        step_ms=situation.step_ms,
+        step_ms_all=[round(lap.ms, 3) for lap in taken.laps],
+        profiled_step_ms_all=[round(lap.ms, 3) for lap in taken.traced_laps],
+        busy_ms=taken.busy_ms,
+        idle_ms=situation.idle_ms,
+        unattributed_ms=_mean(breakdown.unattributed_ms for breakdown in taken.breakdowns),
+        slot_tokens_per_step=situation.slot_tokens,
+        real_tokens_per_step=situation.real_tokens,
+        label_tokens_per_step=_mean(lap.label_tokens for lap in taken.laps),
+        parts=situation.parts,
+        ceilings=ceilings,
+        attention=[_layers_times(times, llama_config.num_hidden_layers) for times in attention],
+        unknown=[UnknownKernel(name=n, ms=ms, count=count) for n, ms, count in unknown_kernels(taken.breakdowns)],
+        memory=None if memory is None else Memory(**memory),
+        advice=advise(situation),
+        conditions=conditions,
+    )
+
+
+def _make_job(config: RunConfig, synthetic: str | None, tokenizer_name: str | None, device: torch.device) -> Job:
+    if synthetic is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+        tokenizer_name = tokenizer_name or "bundled"
+    named = {"name_or_path": tokenizer_name, "revision": None} if tokenizer_name else {}
+    shape = None if synthetic is None else shape_config(synthetic)
+    tokenizer = load_tokenizer(config.model.model_copy(update=named))
+    if shape is not None and len(tokenizer) > shape.vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the shape {synthetic!r} {shape.vocab_size:,}; "
+            "give the model's own with --tokenizer"
+        )
+    data = build_data(config.data, tokenizer, seed=config.train.seed)
+    if shape is None:
+        base = load_base(config.model, device)
+    else:
+        base = random_model(shape, quantization=config.model.quantization, device=device)
+    return Job(config, base, data, tokenizer.pad_token_id)
+
+
+def _situation(
+    config: RunConfig,
+    num_layers: int,
+    taken: ProfiledSteps,
+    room: Room,
+    why_not_fused: str | None,
+    ceilings: Ceilings | None,
+    attention: list[AttentionTimes],
+) -> Situation:
     recomputed = count_layers(config.train.gradient_checkpointing, num_layers)
-    parts = average_parts(taken.breakdowns, ceilings, _attention_floor(attention, num_layers, recomputed))
-    step_ms, busy_ms = taken.step_ms, taken.busy_ms
     fastest = attention[0] if attention else None
-    situation = Situation(
+    return Situation(
         config=config,
         num_layers=num_layers,
-        parts=parts,
-        step_ms=step_ms,
-        idle_ms=step_ms - busy_ms,
+        parts=average_parts(taken.breakdowns, ceilings, _attention_floor(fastest, num_layers, recomputed)),
+        step_ms=taken.step_ms,
+        idle_ms=taken.step_ms - taken.busy_ms,
         slot_tokens=_mean(lap.slot_tokens for lap in taken.laps),
         real_tokens=_mean(lap.real_tokens for lap in taken.laps),
         rebuilt_ms=_mean(breakdown.rebuilt_ms for breakdown in taken.breakdowns),
@@ -115,30 +157,8 @@ def _profile(
         fastest_attention=fastest.name if fastest else None,
         attention_ms=_step_attention_ms(fastest, num_layers, recomputed) if fastest else None,
         gemm_tflops=ceilings.gemm_tflops if ceilings else None,
-        why_not_fused=reason,
-        **_room_values(room),
-    )
-    return ProfileResult(
-        shape=_shape_name(synthetic, config),
-        device="gpu" if situation.is_gpu else "cpu",
-        config=config.model_dump(mode="json"),
-        warmup_steps=warmup,
-        step_ms=step_ms,
-        step_ms_all=[round(lap.ms, 3) for lap in taken.laps],
-        profiled_step_ms_all=[round(lap.ms, 3) for lap in taken.traced_laps],
-        busy_ms=busy_ms,
-        idle_ms=situation.idle_ms,
-        unattributed_ms=_mean(breakdown.unattributed_ms for breakdown in taken.breakdowns),
-        slot_tokens_per_step=situation.slot_tokens,
-        real_tokens_per_step=situation.real_tokens,
-        label_tokens_per_step=_mean(lap.label_tokens for lap in taken.laps),
-        parts=parts,
-        ceilings=ceilings,
-        attention=[_layers_times(times, num_layers) for times in attention],
-        unknown=[UnknownKernel(name=n, ms=ms, count=count) for n, ms, count in unknown_kernels(taken.breakdowns)],
-        memory=None if memory is None else Memory(**memory),
-        advice=advise(situation),
-        conditions=describe_conditions(before, after),
+        why_not_fused=why_not_fused,
+        **vars(room),
     )
 
 
@@ -158,10 +178,10 @@ def _measure(
     return ceilings, attention
 
 
-def _attention_floor(attention: list[AttentionTimes], num_layers: int, recomputed: int) -> dict[str, float] | None:
-    if not attention:
+def _attention_floor(times: AttentionTimes | None, num_layers: int, recomputed: int) -> dict[str, float] | None:
+    if times is None:
         return None
-    forward_ms, backward_ms = attention[0].forward_ms, attention[0].backward_ms
+    forward_ms, backward_ms = times.forward_ms, times.backward_ms
     return {
         FORWARD: num_layers * forward_ms,
         RECOMPUTATION: recomputed * forward_ms,
@@ -180,10 +200,6 @@ def _layers_times(times: AttentionTimes, num_layers: int) -> AttentionTime:
         backward_ms=num_layers * times.backward_ms,
         rope_ms=num_layers * times.rope_ms,
     )
-
-
-def _room_values(room: Room) -> dict[str, float | None]:
-    return {name: getattr(room, name) for name in Room.__dataclass_fields__}
 
 
 def _shape_name(synthetic: str | None, config: RunConfig) -> str:
