@@ -76,7 +76,8 @@ def profile_step(step: Step, micros: list[Micro], *, step_ms: float | None = Non
 class ProfiledSteps:
     """The same windows taken twice: timed alone, then under the profiler.
 
-    laps, traced_laps: of the two; breakdowns: of the traced; layouts: of all their micro-batches, in order.
+    laps, traced_laps: of the two; breakdowns: of the traced; layouts: of all their micro-batches, in order. num_slots:
+    of one micro-batch.
     """
 
     laps: list[Lap] = field(default_factory=list)
@@ -84,7 +85,6 @@ class ProfiledSteps:
     breakdowns: list[StepBreakdown] = field(default_factory=list)
     layouts: list[DocumentLayout] = field(default_factory=list)
     num_slots: int = 0
-    num_labels: int = 0
 
     @property
     def busy_ms(self) -> float:
@@ -117,8 +117,7 @@ def profile_steps(job: Job, options: dict[str, Any], *, steps: int, warmup: int,
             taken.traced_laps.append(lap)
             taken.breakdowns.append(breakdown)
     taken.layouts = [micro.layout for window in windows for micro in window]
-    first = windows[0][0].batch
-    taken.num_slots, taken.num_labels = first.num_slots, first.num_label_tokens
+    taken.num_slots = windows[0][0].batch.num_slots
     return taken
 
 

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured in the process that was profiled: products, copies and attention."""
+"""The floor of attention: every backend that can run, timed alone on the documents of the profiled steps."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig
 
-from packloop.bench.floor import Floor, groups_of
-from packloop.bench.results import Ceilings
 from packloop.kernels.attention import DocumentLayout, load_backend, rotates, usable_backends
 from packloop.kernels.rope import Rotation, rope_
 
 _REPEATS = 5
 _WARMUPS = 2
-# Larger than any cache.
-_COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
 
 
 @dataclass(frozen=True)
@@ -36,21 +32,6 @@ class AttentionTimes:
     @property
     def total_ms(self) -> float:
         return self.forward_ms + self.backward_ms + self.rope_ms
-
-
-def measure_ceilings(config: LlamaConfig, *, num_slots: int, num_labels: int, device: torch.device) -> Ceilings:
-    """The rate of a layer's products, each in its fastest layout, and that of a copy on the device, read + write."""
-    floor = Floor(config, num_slots=num_slots, num_labels=num_labels, device=device)
-    flops = ms = 0.0
-    for group in groups_of(config):
-        flops += 2 * 2.0 * num_slots * group.in_features * sum(group.out_features)
-        ms += sum(floor.products[f"{group.name} {way}"].ms for way in ("forward", "input gradient"))
-    del floor
-    num_bytes = _COPY_BYTES[device.type]
-    source = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    copy_ms = _median_ms(lambda: target.copy_(source), device)
-    return Ceilings(gemm_tflops=flops / ms / 1e9, copy_tb_per_s=2 * num_bytes / copy_ms / 1e9)
 
 
 def measure_attention(

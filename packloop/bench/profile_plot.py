@@ -6,32 +6,15 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from packloop.bench import kernel_classes as classes
 from packloop.bench.breakdown import PHASES, Part
-from packloop.bench.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW
+from packloop.bench.drawing import BACK, IDLE, class_style
+from packloop.bench.kernel_classes import CLASSES
 from packloop.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLOT_KEY = "time-by-class"
-IDLE = "idle"
-# Where a colour serves twice, the hatching tells.
-STYLES = {
-    classes.BASE_GEMM: (BLUE, ""),
-    classes.ATTENTION: (ORANGE, ""),
-    classes.DEQUANTISATION: (VERMILION, ""),
-    classes.LORA: (GREEN, ""),
-    classes.NORMS: (PURPLE, ""),
-    classes.ROPE: (YELLOW, ""),
-    classes.ACTIVATION: (SKY, ""),
-    classes.HEAD: (BLUE, "////"),
-    classes.OPTIMIZER: (ORANGE, "////"),
-    classes.COPIES: (PURPLE, "////"),
-    classes.COLLECTIVES: (GREEN, "////"),
-    classes.OTHER: (GREY, ""),
-    IDLE: ("#ffffff", "...."),
-}
 # Centre and height of the two bars of a phase.
 _MEASURED, _MEASURED_HEIGHT = -0.08, 0.46
 _FLOOR, _FLOOR_HEIGHT = 0.27, 0.2
@@ -80,7 +63,7 @@ def profile_plot(parts: list[Part], *, idle_ms: float, step_ms: float, title: st
         axes.xaxis.set_major_formatter("{x:,g}")
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
-        order = [cls for cls in STYLES if cls in shown]
+        order = [cls for cls in (*CLASSES, IDLE) if cls in shown]
         figure.legend([shown[cls] for cls in order], order, loc="outside lower center", ncols=7, frameon=False)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
@@ -90,6 +73,11 @@ def profile_plot(parts: list[Part], *, idle_ms: float, step_ms: float, title: st
     return text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, Arial, sans-serif").strip(), png.getvalue()
 
 
+def _style(cls: str) -> tuple[str, str]:
+    color, hatch = class_style(cls)
+    return "#ffffff" if color == BACK else color, hatch
+
+
 def _total(parts: list[Part], phase: str) -> float:
     return sum(part.ms for part in parts if part.phase == phase)
 
@@ -97,7 +85,7 @@ def _total(parts: list[Part], phase: str) -> float:
 def _bar(axes: Axes, place: int, pieces: list[tuple[str, float]], longest: float, shown: dict[str, object]) -> None:
     left = 0.0
     for cls, ms in pieces:
-        color, hatch = STYLES[cls]
+        color, hatch = _style(cls)
         bars = axes.barh(
             place + _MEASURED,
             ms,
@@ -118,7 +106,7 @@ def _bar(axes: Axes, place: int, pieces: list[tuple[str, float]], longest: float
 def _floor_bar(axes: Axes, place: int, pieces: list[tuple[str, float]]) -> None:
     left = 0.0
     for cls, ms in pieces:
-        color, hatch = STYLES[cls]
+        color, hatch = _style(cls)
         axes.barh(
             place + _FLOOR, ms, left=left, height=_FLOOR_HEIGHT, color=color, hatch=hatch, alpha=0.45, linewidth=0
         )
@@ -127,7 +115,9 @@ def _floor_bar(axes: Axes, place: int, pieces: list[tuple[str, float]]) -> None:
 
 def _figures(axes: Axes, place: int, ms: float, step_ms: float, longest: float, floor_ms: float | None) -> None:
     gap = longest * 0.01
-    axes.text(ms + gap, place + _MEASURED, f"{_ms(ms)} ms, {ms / step_ms:.0%}", va="center", fontsize=9)
+    share = ms / step_ms
+    words = f"{_ms(ms)} ms, {share:.0%}" if share >= 0.01 else f"{_ms(ms)} ms, {share:.1%}"
+    axes.text(ms + gap, place + _MEASURED, words, va="center", fontsize=9)
     if floor_ms:
         axes.text(floor_ms + gap, place + _FLOOR, f"floor {_ms(floor_ms)}", va="center", fontsize=8, color="#57606a")
 

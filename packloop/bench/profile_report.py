@@ -153,7 +153,7 @@ def _notes(result: ProfileResult) -> list[str]:
     if result.device == "cpu":
         notes.append(
             "These are times of operators on a CPU, under the profiler, in place of a GPU's kernels: they show that "
-            "the profile works and say nothing of a GPU. Floors of products are those of bf16."
+            "the profile works and say nothing of a GPU."
         )
     if result.unattributed_ms > _NOTABLE * result.busy_ms:
         notes.append(

@@ -15,18 +15,20 @@ from rich.table import Table
 from transformers import LlamaConfig
 
 from packloop.bench.breakdown import BACKWARD, FORWARD, RECOMPUTATION, average_parts, unknown_kernels
+from packloop.bench.ceilings import measure_ceilings
+from packloop.bench.cell import load_subject
 from packloop.bench.conditions import describe_conditions, gpu_state
 from packloop.bench.profile import ProfiledSteps, Room, measure_room, profile_steps
 from packloop.bench.profile_advice import Situation, advise
-from packloop.bench.profile_floor import AttentionTimes, measure_attention, measure_ceilings
+from packloop.bench.profile_floor import AttentionTimes, measure_attention
 from packloop.bench.profile_plot import require_matplotlib
 from packloop.bench.profile_report import AttentionTime, ProfileResult, UnknownKernel, parts_table, write_profile
 from packloop.bench.results import Ceilings, Memory
+from packloop.bench.session import public
+from packloop.bench.shapes import check_shape
 from packloop.bench.steps import Job, cap_memory, memory_figures, synchronize
-from packloop.bench.synthetic import SHAPES, random_model, shape_config
 from packloop.config import RunConfig
-from packloop.data.loader import build_data
-from packloop.engine.model import load_base, load_tokenizer
+from packloop.engine.loop import set_numerics
 from packloop.engine.plan import count_layers
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.kernels.patch import why_not_fused
@@ -39,10 +41,12 @@ def profile_command(
 ) -> None:
     """Profiles, prints table and sentence, and fills `output`, which must be empty or missing.
 
-    synthetic: a shape, or a directory with a config.json, taken with random bf16 weights in place of the model.
+    synthetic: a shape, or a directory with a config.json, taken with random weights in place of the model.
     tokenizer: a name or directory in place of the model's; with synthetic, the bundled one is the default.
     """
     require_matplotlib()
+    if synthetic is not None:
+        check_shape(synthetic)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {str(output)!r} is not empty; give a new directory, for example {output}-2")
     if not config.lora.enabled:
@@ -69,10 +73,13 @@ def _profile(
     config: RunConfig, synthetic: str | None, tokenizer_name: str | None, *, steps: int, warmup: int, trace: Path
 ) -> ProfileResult | None:
     """None in all processes but the first, whose work the others only share."""
+    # Before anything is on a GPU, as it gives each process its own.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-    device = accelerator.device
+    set_numerics(config)
     cap_memory(config.train.memory_budget_gib, 0)
-    job = _make_job(config, synthetic, tokenizer_name, device)
+    subject = load_subject(config, synthetic, tokenizer_name)
+    device, llama_config = subject.device, subject.architecture
+    job = Job(config, subject.base, subject.data(config), subject.tokenizer.pad_token_id)
     options = job.resolve()
     cap_memory(config.train.memory_budget_gib, job.optimizer.paged_bytes)
     before = gpu_state()
@@ -80,7 +87,6 @@ def _profile(
     conditions = describe_conditions(before, gpu_state())
     memory = memory_figures(job.optimizer.paged_bytes)
     room, reason = measure_room(job, taken.num_slots), why_not_fused(job.model)
-    llama_config = job.model.config
     job.close()
     if not accelerator.is_main_process:
         return None
@@ -90,9 +96,9 @@ def _profile(
     ceilings, attention = _measure(llama_config, job.config, taken, device)
     situation = _situation(job.config, llama_config.num_hidden_layers, taken, room, reason, ceilings, attention)
     return ProfileResult(
-        shape=_shape_name(synthetic, config),
+        shape=subject.shape + (" with random weights" if synthetic is not None else ""),
         device="gpu" if situation.is_gpu else "cpu",
-        config=job.config.model_dump(mode="json"),
+        config=public(job.config.model_dump(mode="json")),
         warmup_steps=warmup,
         step_ms=situation.step_ms,
         step_ms_all=[round(lap.ms, 3) for lap in taken.laps],
@@ -111,26 +117,6 @@ def _profile(
         advice=advise(situation),
         conditions=conditions,
     )
-
-
-def _make_job(config: RunConfig, synthetic: str | None, tokenizer_name: str | None, device: torch.device) -> Job:
-    if synthetic is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
-        tokenizer_name = tokenizer_name or "bundled"
-    named = {"name_or_path": tokenizer_name, "revision": None} if tokenizer_name else {}
-    shape = None if synthetic is None else shape_config(synthetic)
-    tokenizer = load_tokenizer(config.model.model_copy(update=named))
-    if shape is not None and len(tokenizer) > shape.vocab_size:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer):,} tokens and the shape {synthetic!r} {shape.vocab_size:,}; "
-            "give the model's own with --tokenizer"
-        )
-    data = build_data(config.data, tokenizer, seed=config.train.seed)
-    if shape is None:
-        base = load_base(config.model, device)
-    else:
-        base = random_model(shape, quantization=config.model.quantization, device=device)
-    return Job(config, base, data, tokenizer.pad_token_id)
 
 
 def _situation(
@@ -166,9 +152,9 @@ def _measure(
     llama_config: LlamaConfig, config: RunConfig, taken: ProfiledSteps, device: torch.device
 ) -> tuple[Ceilings | None, list[AttentionTimes]]:
     """What floors are made of; nothing where the memory left beside the base does not suffice for it."""
+    dtype = getattr(torch, config.model.dtype)
     try:
-        ceilings = measure_ceilings(llama_config, num_slots=taken.num_slots, num_labels=taken.num_labels, device=device)
-        dtype = getattr(torch, config.model.dtype)
+        ceilings = measure_ceilings(llama_config, taken.num_slots, dtype, device)
         attention = measure_attention(
             llama_config, taken.layouts, num_steps=len(taken.laps), dtype=dtype, device=device
         )
@@ -200,13 +186,6 @@ def _layers_times(times: AttentionTimes, num_layers: int) -> AttentionTime:
         backward_ms=num_layers * times.backward_ms,
         rope_ms=num_layers * times.rope_ms,
     )
-
-
-def _shape_name(synthetic: str | None, config: RunConfig) -> str:
-    if synthetic is None:
-        return Path(config.model.name_or_path).name
-    name = synthetic if synthetic in SHAPES else Path(synthetic).name
-    return f"{name} with random weights"
 
 
 def _mean(values: Iterable[float]) -> float:
