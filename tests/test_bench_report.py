@@ -15,6 +15,7 @@ from matplotlib.text import Text
 
 from packloop import cli
 from packloop.bench.groups import groups_of, reference_of
+from packloop.bench.plots import memory_plot, rates_plot
 from packloop.bench.point_labels import place_labels
 from packloop.bench.prices import load_prices
 from packloop.bench.report import build_report, gather_cells, write_report
@@ -164,6 +165,25 @@ def test_names_of_points_keep_clear_of_each_other():
         assert not any(box.overlaps(other) for other in boxes[n + 1 :])
         assert box.x0 >= axes.bbox.x0
         assert box.x1 <= axes.bbox.x1
+
+
+def test_points_with_long_names_are_numbered_and_have_a_key():
+    cells = [cell(f"attention=document,packing=bfd,batch={n}", 9000 + 100 * n, peak_gib=20 + n) for n in range(3)]
+    svg = memory_plot([(one.name, one) for one in cells], title="t", reference=None, capacities=[("A10G", 22.0)])
+    for rank, one in enumerate(reversed(cells), 1):
+        assert f">{rank}<" in svg
+        assert f">{rank}: {one.name}<" in svg
+    assert ">A10G<" in svg
+    short = memory_plot([("a", cells[0]), ("b", cells[1])], title="t", reference=None, capacities=[("H200", 139.7)])
+    assert ">a<" in short
+    assert "H200" not in short
+
+
+def test_a_chart_without_any_rate_has_no_scale():
+    lost = cell("lost", None, status="failed", reason="ValueError: no")
+    svg = rates_plot([("lost", lost)], title="t", reference=None)
+    assert ">failed: ValueError: no<" in svg
+    assert "tokens/s" not in svg
 
 
 def test_pictures_beside_the_markdown_stand_alone(results, tmp_path):

@@ -133,7 +133,10 @@ def _gate_words(cell: Cell) -> str:
     gate = cell.loss_gate
     if gate is None:
         return NONE
-    return f"{gate.largest_difference:.2g} ({gate.allowed:.2g}){'' if gate.passed else ' FAILED'}"
+    words = f"{gate.largest_difference:.2g} ({gate.allowed:.2g})"
+    if gate.largest_gradient_difference is not None and gate.allowed_gradient is not None:
+        words += f", gradients {gate.largest_gradient_difference:.2g} ({gate.allowed_gradient:.2g})"
+    return words if gate.passed else f"FAILED: {words}"
 
 
 def _state_words(before: GpuState | None, after: GpuState | None) -> str:

@@ -3,7 +3,8 @@
 The rule. A cell's steps give one rate each: the real tokens of a mean step over the step's milliseconds. Of the steps
 of both sides, drawn with replacement 10,000 times, the ratios of medians (B to A) give an interval that holds 95 % of
 them. A cell is slower only where the interval's upper end is below the threshold, faster only where its lower end is
-above 1. The interval knows the noise from step to step, not that from one process to the next.
+above 1. Of two equal sides the interval holds the true ratio in 95 to 97 % of simulated cases from 5 steps on, with 3
+in 89 %. It knows the noise from step to step, not that from one process to the next.
 """
 
 from __future__ import annotations

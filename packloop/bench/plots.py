@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 Labelled = list[tuple[str, Cell]]
 
+_WRAP_AT = 40
+# In the plot of points, names longer than this, or of more cells, become numbers with a key.
+_LONGEST_NAME, _MOST_NAMES = 26, 16
 # A segment narrower than this share of the axis has no number in it.
 _NARROW = 0.055
 
@@ -29,7 +33,8 @@ def rates_plot(cells: Labelled, *, title: str, reference: str | None) -> str:
     ordered = sorted(cells, key=lambda pair: rate_of(pair[1]) or 0.0)
     base = next((rate_of(cell) for label, cell in cells if label == reference), None)
     highest = max((cell.figures.real_tokens_per_s.q3 for _, cell in cells if rate_of(cell)), default=1.0)
-    with drawing(1.15 + 0.4 * len(cells)) as (figure, axes):
+    names = _wrapped([label for label, _ in ordered])
+    with drawing(1.15 + _row_inches(names, least=0.4) * len(cells)) as (figure, axes):
         for place, (label, cell) in enumerate(ordered):
             if not rate_of(cell):
                 words = textwrap.shorten(why_no_rate(cell), 95, placeholder=" ...")
@@ -41,9 +46,12 @@ def rates_plot(cells: Labelled, *, title: str, reference: str | None) -> str:
             axes.errorbar(rate.median, place, xerr=spread, color=TEXT, capsize=3, elinewidth=1.2, linestyle="none")
             times = f", {rate_of(cell) / base:.2f}x" if base and label != reference else ""
             axes.text(rate.q3 + highest * 0.015, place, f"{rate.median:,.0f}{times}", va="center", fontsize=9)
-        _name_rows(axes, [label for label, _ in ordered])
+        _name_rows(axes, names)
         axes.set_xlim(0, highest * 1.22)
-        axes.set_xlabel("real tokens/s (padding not counted): median, whiskers from first to third quartile")
+        if any(rate_of(cell) for _, cell in cells):
+            axes.set_xlabel("real tokens/s (padding not counted): median, whiskers from first to third quartile")
+        else:
+            axes.set_xticks([])
         axes.set_title(title, loc="left", fontsize=11)
         _add_whose_legend(figure, cells, reference)
         return svg_of(figure)
@@ -57,7 +65,8 @@ def time_plot(cells: Labelled, *, title: str) -> str:
     ordered = sorted(cells, key=lambda pair: -ms_per_thousand(pair[1], _step_ms(pair[1])))
     longest = max(ms_per_thousand(cell, _step_ms(cell)) for _, cell in cells)
     shown = {name for _, cell in cells for name in pieces_of(cell)}
-    with drawing(1.9 + 0.62 * len(cells)) as (figure, axes):
+    names = _wrapped([label for label, _ in ordered])
+    with drawing(1.9 + _row_inches(names, least=0.62) * len(cells)) as (figure, axes):
         for place, (_, cell) in enumerate(ordered):
             left = 0.0
             for name, ms in pieces_of(cell).items():
@@ -70,7 +79,7 @@ def time_plot(cells: Labelled, *, title: str) -> str:
                 axes.barh(place - 0.29, floor, height=0.16, color=TEXT)
                 words = f"floor {floor:.1f}, {cell.floor.fraction:.0%} of the step"
                 axes.text(floor + longest * 0.01, place - 0.29, words, va="center", fontsize=8.5, color=MUTED)
-        _name_rows(axes, [label for label, _ in ordered])
+        _name_rows(axes, names)
         axes.set_xlim(0, longest * 1.08)
         axes.set_xlabel("ms per 1,000 real tokens")
         axes.set_title(title, loc="left", fontsize=11)
@@ -88,7 +97,9 @@ def memory_plot(cells: Labelled, *, title: str, reference: str | None, capacitie
     """
     highest = max(cell.figures.real_tokens_per_s.q3 for _, cell in cells)
     most = max(cell.memory.peak_counted_gib for _, cell in cells)
-    with drawing(5.6) as (figure, axes):
+    names = [label for label, _ in sorted(cells, key=lambda pair: -rate_of(pair[1]))]
+    has_key = len(names) > _MOST_NAMES or max(map(len, names)) > _LONGEST_NAME
+    with drawing(5.6 + (0.18 * math.ceil(len(names) / 2) if has_key else 0)) as (figure, axes):
         for label, cell in cells:
             rate, gib = cell.figures.real_tokens_per_s, cell.memory.peak_counted_gib
             spread = [[rate.median - rate.q1], [rate.q3 - rate.median]]
@@ -96,20 +107,34 @@ def memory_plot(cells: Labelled, *, title: str, reference: str | None, capacitie
             axes.errorbar(gib, rate.median, yerr=spread, fmt="o", color=color, markersize=7, capsize=3, elinewidth=1.2)
         axes.set_xlim(0, most * 1.18)
         axes.set_ylim(0, highest * 1.15)
-        for name, gib in capacities:
-            if gib < most * 1.15:
-                axes.axvline(gib, color=MUTED, linewidth=1, linestyle=":")
-                beside = {"xycoords": ("data", "axes fraction"), "xytext": (3, -3), "textcoords": "offset points"}
-                axes.annotate(name, (gib, 1), rotation=90, va="top", fontsize=8, color=MUTED, **beside)
+        _add_capacities(axes, [(name, gib) for name, gib in capacities if gib < most * 1.15])
         axes.grid()
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("peak GPU memory, GiB (reserved, and paged optimizer state)")
         axes.set_ylabel("real tokens/s, median and quartiles")
         axes.set_title(title, loc="left", fontsize=11)
         _add_whose_legend(figure, cells, reference)
-        points = [(cell.memory.peak_counted_gib, rate_of(cell), label) for label, cell in cells]
-        place_labels(figure, axes, points)
+        if has_key:
+            _add_key(figure, names)
+        shown = {name: str(number) if has_key else name for number, name in enumerate(names, 1)}
+        place_labels(figure, axes, [(c.memory.peak_counted_gib, rate_of(c), shown[label]) for label, c in cells])
         return svg_of(figure)
+
+
+def _add_capacities(axes: Axes, capacities: list[tuple[str, float]]) -> None:
+    """A dotted line with its name for each."""
+    for name, gib in capacities:
+        axes.axvline(gib, color=MUTED, linewidth=1, linestyle=":")
+        beside = {"xycoords": ("data", "axes fraction"), "xytext": (3, -3), "textcoords": "offset points"}
+        axes.annotate(name, (gib, 1), rotation=90, va="top", fontsize=8, color=MUTED, **beside)
+
+
+def _add_key(figure: Figure, names: list[str]) -> None:
+    """What the numbers of points stand for, below the plot."""
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], linestyle="none", label=f"{number}: {name}") for number, name in enumerate(names, 1)]
+    figure.legend(handles=lines, loc="outside lower left", ncols=2, fontsize=8, handlelength=0, handletextpad=0)
 
 
 def rate_of(cell: Cell) -> float | None:
@@ -176,10 +201,19 @@ def _patch(name: str, *, color: str | None = None):
     return Patch(facecolor=fill, hatch=hatch, edgecolor=_edge(fill), linewidth=0.6, label=name)
 
 
-def _name_rows(axes: Axes, labels: list[str]) -> None:
-    axes.set_yticks(range(len(labels)), ["\n".join(textwrap.wrap(label, 34)) for label in labels])
+def _wrapped(labels: list[str]) -> list[str]:
+    return ["\n".join(textwrap.wrap(label.replace(",", ", "), _WRAP_AT)) for label in labels]
+
+
+def _row_inches(names: list[str], *, least: float) -> float:
+    """Room for the name of most lines."""
+    return max(least, 0.12 + 0.155 * max(name.count("\n") + 1 for name in names))
+
+
+def _name_rows(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names, fontsize=9 if any("\n" in name for name in names) else 10)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(-0.6, len(labels) - 0.4)
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.grid(axis="x")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.spines["bottom"].set_visible(False)

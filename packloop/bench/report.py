@@ -121,6 +121,9 @@ def _add_session(document: Document, session: str, cells: list[Cell], attachment
     for shape in dict.fromkeys(cell.shape for cell in cells):
         document.add(*_breakdown_pictures(session, shape, [cell for cell in cells if cell.shape == shape]))
     document.add(Heading("Utilisation, checks and clocks", 3), checks_table(cells))
+    sources = dict.fromkeys(cell.flops.peak_source for cell in cells if cell.flops)
+    if sources:
+        document.add(Paragraph(f"The peak that utilisation is of: {'; '.join(sources)}."))
 
 
 def _rates_picture(session: str, group: Group) -> Picture:
@@ -138,7 +141,7 @@ def _breakdown_pictures(session: str, shape: str, cells: list[Cell]) -> list[Blo
         title = f"{shape}, time of a step by class of work"
         caption = (
             "Longer is slower; cells of any batch compare. The thin bar is the floor: the step's matrix products, "
-            "without recomputation, and its attention, as fast as they go alone on this GPU."
+            "without recomputation, and its attention, as fast as they go alone on this device."
         )
         svg = time_plot(_labelled(timed), title=title)
         found.append(Heading(f"Where the time goes, {shape}", 3))
@@ -177,12 +180,17 @@ def _shared_conditions(cells: list[Cell]) -> list[str]:
         return " / ".join(dict.fromkeys(str(read(one)) for one in conditions if read(one) is not None)) or "unknown"
 
     memory = f", {values(lambda one: one.device_memory_gib)} GiB" if conditions[0].device_memory_gib else ""
+    lines = [f"device: {values(lambda one: one.device)}{memory}"]
+    if any(one.driver or one.cuda for one in conditions):
+        limit = values(lambda one: one.before.power_limit_w if one.before else None)
+        lines.append(
+            f"driver {values(lambda one: one.driver)}, CUDA {values(lambda one: one.cuda)}, power limit {limit} W"
+        )
     packages = sorted({name for one in conditions for name in one.versions})
+    versions = [f"{name} {values(lambda one, name=name: one.versions.get(name))}" for name in packages]
     return [
-        f"device: {values(lambda one: one.device)}{memory}",
-        f"driver {values(lambda one: one.driver)}, CUDA {values(lambda one: one.cuda)}, "
-        f"Python {values(lambda one: one.python)}",
-        ", ".join(f"{name} {values(lambda one, name=name: one.versions.get(name))}" for name in packages),
+        *lines,
+        f"Python {values(lambda one: one.python)}, {', '.join(versions)}",
         f"commit {values(_commit)}, {values(lambda one: one.date)}",
         f"model shape: {' / '.join(dict.fromkeys(cell.shape for cell in cells))}",
     ]

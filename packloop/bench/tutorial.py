@@ -12,6 +12,7 @@ from packloop.bench.results import Cell
 
 INSTANCE = "g5.2xlarge"
 DOLLARS_PER_HOUR = 1.212
+_SHAPE, _NUM_LAYERS = "llama2-7b", 32
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,16 @@ def trains_like(cell: Cell, run: PublishedRun) -> bool:
 
 def is_stock(cell: Cell) -> bool:
     """Stock layers of Llama-2-7B's shape in NF4, adapters on q and v, `wrapped` packs, every layer recomputed."""
-    if cell.shape != "llama2-7b":
+    if cell.shape != _SHAPE:
         return False
     if cell.who == "packloop":
         wanted = {
-            "kernels.layer": "stock",
-            "data.packing": "wrapped",
-            "train.gradient_checkpointing": "all",
-            "model.quantization": "nf4",
-            "lora.target_modules": ["q_proj", "v_proj"],
+            "kernels.layer": ("stock",),
+            "data.packing": ("wrapped",),
+            "train.gradient_checkpointing": ("all", _NUM_LAYERS),
+            "model.quantization": ("nf4",),
+            "lora.target_modules": (["q_proj", "v_proj"],),
         }
-        return all(setting(cell, key) == value for key, value in wanted.items())
+        return all(setting(cell, key) in values for key, values in wanted.items())
     wanted = {"packing": "wrapped", "checkpointing": True, "targets": "qv"}
     return cell.who == "trl" and not setting(cell, "liger") and all(setting(cell, k) == v for k, v in wanted.items())
