@@ -161,7 +161,7 @@ def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsy
     assert "GPU" in theirs["skipped"]
     assert result["verdicts"][0]["ratio"] is None
     assert "no rate" in capsys.readouterr().out
-    ours_cell, their_cell = load_cells(tmp_path / "out" / "all-linear-unsloth")
+    their_cell, ours_cell = load_cells(tmp_path / "out" / "all-linear-unsloth")
     assert (ours_cell.who, ours_cell.status, ours_cell.figures.timed_steps) == ("packloop", "measured", 2)
     assert ours_cell.settings["lora.target_modules"] == "all-linear"
     assert ours_cell.config["data"]["source"] == "rows.json"
