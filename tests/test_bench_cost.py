@@ -18,9 +18,9 @@ from packloop.bench.cost import (
     Split,
     estimate,
     measured_ceilings,
-    project_step_ms,
     scale_between,
-    split_step,
+    slowdown,
+    splits_of,
 )
 from packloop.bench.cost_section import cost_blocks, hours
 from packloop.bench.document import Document, Paragraph, Table, render_markdown
@@ -88,26 +88,28 @@ def test_a_projection_scales_arithmetic_traffic_and_idle_each_its_way():
 
 def test_a_projection_onto_an_equal_gpu_changes_nothing():
     same = scale_between(require_gpu("h200"), require_gpu("h200"), {})
-    assert project_step_ms(split_step(cell("a", profile=PROFILE)), same) == pytest.approx(1600)
+    assert slowdown(splits_of(cell("a", profile=PROFILE))[0], same) == pytest.approx(1)
 
 
 def test_eager_attention_counts_as_traffic():
-    assert split_step(cell("a", profile=PROFILE)) == Split(900, 600, 100, "profile")
+    assert splits_of(cell("a", profile=PROFILE)) == [Split(900, 600, 100, "profile")]
     eager = cell("a", profile=PROFILE, settings={"kernels.attention": "eager"})
-    assert split_step(eager) == Split(700, 800, 100, "profile")
+    assert splits_of(eager) == [Split(700, 800, 100, "profile")]
 
 
 def test_without_a_profile_the_split_is_by_flops_and_the_measured_gemm_rate():
     ceilings = Ceilings(gemm_tflops=700, copy_tb_per_s=4)
-    split = split_step(cell("a", 10000, flops=flops(350), ceilings=ceilings))
+    (split,) = splits_of(cell("a", 10000, flops=flops(350), ceilings=ceilings))
     assert split.source == "FLOPs"
     assert (split.compute_ms, split.memory_ms) == pytest.approx((800, 800), rel=1e-3)
-    beyond = split_step(cell("a", 10000, flops=flops(900), ceilings=ceilings))
+    (beyond,) = splits_of(cell("a", 10000, flops=flops(900), ceilings=ceilings))
     assert beyond.memory_ms == 0
+    both = splits_of(cell("a", profile=PROFILE, flops=flops(350), ceilings=ceilings))
+    assert [split.source for split in both] == ["profile", "FLOPs"]
 
 
 def test_a_profile_of_a_cpu_is_no_split():
-    assert split_step(cell("a", profile=PROFILE.model_copy(update={"device": "cpu"}))) is None
+    assert splits_of(cell("a", profile=PROFILE.model_copy(update={"device": "cpu"}))) == []
 
 
 def test_measured_rates_of_both_gpus_replace_the_makers():
@@ -182,7 +184,7 @@ def test_published_and_projected_stand_beside_each_other_with_the_error():
     assert tutorial.rows[2][-1] == PROJECTED
     seconds = TUTORIAL_DATA.tokens / 6000 * (700 * 989 / 70 + 800 * 8 + 100) / 1600
     assert error.rows == [
-        [PUBLISHED[0].name, "3:08 h", "stock", hours(seconds), f"{seconds / (188 * 60) - 1:+.0%}", "profile"]
+        [PUBLISHED[0].name, "3:08 h", "stock", "profile", hours(seconds), f"{seconds / (188 * 60) - 1:+.0%}"]
     ]
     assert "flash attention, and with it the batch from 4 to 6" in text
 

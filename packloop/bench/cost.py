@@ -82,13 +82,12 @@ def estimate(cell: Cell, instance: Instance, data: DataSet, measured: dict[str, 
     if own is not None and own.key == target.key:
         return _priced(MEASURED, data.tokens / rate_of(cell), instance)
     reason = _why_not(cell, own, target)
-    split = split_step(cell)
-    if reason is None and split is None:
+    splits = splits_of(cell)
+    if reason is None and not splits:
         reason = "no profile, no FLOPs"
     if reason is not None:
         return Estimate(PROJECTED, reason=reason)
-    step_ms = project_step_ms(split, scale_between(own, target, measured))
-    seconds = data.tokens / rate_of(cell) * step_ms / (split.compute_ms + split.memory_ms + split.idle_ms)
+    seconds = data.tokens / rate_of(cell) * slowdown(splits[0], scale_between(own, target, measured))
     return _priced(PROJECTED, seconds, instance)
 
 
@@ -109,25 +108,27 @@ def _why_not(cell: Cell, own: Gpu | None, target: Gpu) -> str | None:
     return None
 
 
-def split_step(cell: Cell) -> Split | None:
-    """By the profile, else by FLOPs; None without either."""
+def splits_of(cell: Cell) -> list[Split]:
+    """Those that the cell has what it takes for: by the profile, which counts, and by FLOPs."""
+    found = []
     if cell.profile is not None and cell.profile.device == "gpu":
         by_class = cell.profile.by_class_ms
         compute_ms = by_class.get(BASE_GEMM, 0.0)
         if attention_of(cell) != "eager":
             compute_ms += by_class.get(ATTENTION, 0.0)
         idle_ms = max(0.0, cell.profile.step_ms - cell.profile.busy_ms)
-        return Split(compute_ms, sum(by_class.values()) - compute_ms, idle_ms, "profile")
+        found.append(Split(compute_ms, sum(by_class.values()) - compute_ms, idle_ms, "profile"))
     if cell.flops is not None and cell.ceilings is not None:
         step_ms = cell.figures.step_ms.median
         compute_ms = step_ms * min(1.0, cell.flops.hardware_tflops / cell.ceilings.gemm_tflops)
-        return Split(compute_ms, step_ms - compute_ms, 0.0, "FLOPs")
-    return None
+        found.append(Split(compute_ms, step_ms - compute_ms, 0.0, "FLOPs"))
+    return found
 
 
-def project_step_ms(split: Split, scale: Scale) -> float:
-    """The rule itself."""
-    return split.compute_ms * scale.compute + split.memory_ms * scale.memory + split.idle_ms
+def slowdown(split: Split, scale: Scale) -> float:
+    """The rule itself: how many times longer the step takes."""
+    scaled_ms = split.compute_ms * scale.compute + split.memory_ms * scale.memory + split.idle_ms
+    return scaled_ms / (split.compute_ms + split.memory_ms + split.idle_ms)
 
 
 def scale_between(own: Gpu, target: Gpu, measured: dict[str, Ceilings]) -> Scale:

@@ -14,7 +14,8 @@ from packloop.bench.cost import (
     Estimate,
     estimate,
     scale_between,
-    split_step,
+    slowdown,
+    splits_of,
 )
 from packloop.bench.document import Block, Bullets, Entry, Heading, Link, Paragraph, Table
 from packloop.bench.groups import attention_of, batch_of
@@ -166,17 +167,19 @@ def _error_blocks(cells: list[Cell], instance: Instance, measured: dict[str, Cei
     rows: list[list[Entry]] = []
     for run in PUBLISHED:
         for cell in cells:
-            one = estimate(cell, instance, TUTORIAL_DATA, measured) if trains_like(cell, run) else None
-            split = split_step(cell)
-            if one is None or one.seconds is None or one.basis != PROJECTED or split is None:
+            own = find_gpu(cell.conditions.device)
+            if own is None or own.key == instance.gpu or not trains_like(cell, run):
                 continue
-            error = f"{one.seconds / run.seconds - 1:+.0%}"
-            rows.append([run.name, hours(run.seconds), label_of(cell), hours(one.seconds), error, split.source])
+            here_seconds = TUTORIAL_DATA.tokens / rate_of(cell)
+            for split in splits_of(cell):
+                seconds = here_seconds * slowdown(split, scale_between(own, instance.model, measured))
+                error = f"{seconds / run.seconds - 1:+.0%}"
+                rows.append([run.name, hours(run.seconds), label_of(cell), split.source, hours(seconds), error])
     if not rows:
         return [
             Paragraph("No cell here trains as the tutorial did, so the rule's error is not checked in this session.")
         ]
-    columns = ["published", "#time", "projected from", "#time", "#error", "split by"]
+    columns = ["published", "#time", "projected from", "split by", "#time", "#error"]
     return [
         Paragraph(
             "What can be checked of the rule: the tutorial's published times against those projected from cells with "

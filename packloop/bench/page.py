@@ -35,8 +35,8 @@ a { color: var(--link); }
 code, pre { font-family: ui-monospace, Consolas, "DejaVu Sans Mono", monospace; font-size: 0.875em; }
 pre { margin: 0.5rem 0 1rem; padding: 0.75rem; overflow-x: auto; }
 pre { background: var(--stripe); border: 1px solid var(--grid); }
-figure { margin: 1rem 0 1.5rem; }
-figure svg { display: block; width: 100%; height: auto; max-width: 60rem; color: var(--text); }
+figure { margin: 1rem 0 1.5rem; overflow-x: auto; }
+figure svg { display: block; width: 100%; height: auto; min-width: 38rem; max-width: 60rem; color: var(--text); }
 figcaption { color: var(--muted); font-size: 0.9rem; max-width: 52rem; margin-top: 0.4rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
