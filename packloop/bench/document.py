@@ -173,9 +173,10 @@ def render_page(document: Document) -> str:
                 caption = f"<figcaption>{_html_text(block.caption)}</figcaption>" if block.caption else ""
                 parts.append(f"<figure>{_inline_svg(block, f'p{number}')}{caption}</figure>")
             case Attachment():
+                # A browser opens what is folded when a link leads into it.
                 parts.append(
-                    f'<details id="{html.escape(block.key)}"><summary>{html.escape(block.title)}</summary>'
-                    f"<pre>{html.escape(block.text)}</pre></details>"
+                    f"<details><summary>{html.escape(block.title)}</summary>"
+                    f'<pre id="{html.escape(block.key)}">{html.escape(block.text)}</pre></details>'
                 )
     return PAGE.substitute(title=html.escape(document.title), body="\n".join(parts))
 

@@ -50,7 +50,7 @@ td:last-child:not(.number) { min-width: 14rem; }
 .number { text-align: right; }
 td.number { white-space: nowrap; }
 summary { cursor: pointer; padding: 0.15rem 0; }
-details:target > summary { font-weight: 600; }
+pre:target { border-color: var(--link); }
 </style>
 </head>
 <body>

@@ -211,7 +211,8 @@ def _attachments(cells: list[Cell]) -> Attachments:
                 f"the cell {cell.name!r} of session {cell.session!r} is given twice; name each results directory once"
             )
         what = cell.model_dump(mode="json", exclude={"figures": {"step_ms_all", "losses"}})
-        text = yaml.safe_dump(what, sort_keys=False, allow_unicode=True)
+        first = {key: what.pop(key) for key in ("name", "who", "session", "status", "reason", "shape", "conditions")}
+        text = yaml.safe_dump(first | what, sort_keys=False, allow_unicode=True)
         key = _slug(f"{cell.session} {cell.who} {cell.name}")
         found[key_of(cell)] = Attachment(key, f"{label_of(cell)} (session {cell.session})", text)
     return found
