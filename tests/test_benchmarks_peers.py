@@ -230,6 +230,9 @@ def test_a_side_that_fails_is_a_row_and_starts_again(tmp_path):
         assert again["pid"] != first["pid"]
         side._timeout_s = 2
         assert "no row within 2 s" in side.turn(["--batch", "4"])["failed"]
+        side._timeout_s = 60
+        assert "the end of it" in side.turn(["--batch", "3"])["failed"]
+        assert "the end of it" in side.turn(["--batch", "1"])["failed"]  # two in a row: not once more
     finally:
         side.close()
 

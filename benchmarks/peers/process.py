@@ -39,6 +39,7 @@ class LiveProcess:
         self._starts = 0
         self._is_ready = False
         self._failure: dict[str, Any] | None = None
+        self._failed_turns = 0
 
     def start(self) -> None:
         """Lets it begin to load, without waiting for it."""
@@ -77,7 +78,7 @@ class LiveProcess:
         return {}
 
     def turn(self, options: list[str]) -> dict[str, Any]:
-        """The row of one turn; a side that has died since the last one is started again."""
+        """The row of one turn; a side that has died since the last one is started again, but not after two failures."""
         start = time.perf_counter()
         row = self._failure
         if row is None and self._process is not None and self._process.poll() is not None:
@@ -85,6 +86,9 @@ class LiveProcess:
         if row is None:
             ready = self.wait_ready()
             row = self._ask(options) if is_measured(ready) else ready
+            self._failed_turns = self._failed_turns + 1 if "failed" in row else 0
+            if self._failed_turns == 2:
+                self._failure = row
         return {"who": self.who, **row, "wall_s": round(time.perf_counter() - start, 1)}
 
     def _ask(self, options: list[str]) -> dict[str, Any]:
