@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from transformers import LlamaForCausalLM
@@ -211,8 +210,3 @@ def memory_figures(managed_bytes: int) -> dict[str, float] | None:
         "managed_gib": managed_bytes / GIB,
         "peak_counted_gib": (reserved_bytes + managed_bytes) / GIB,
     }
-
-
-def process_seconds() -> float:
-    """Since this process began, imports included."""
-    return round(time.time() - psutil.Process().create_time(), 1)
