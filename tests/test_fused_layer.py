@@ -10,10 +10,10 @@ import torch
 from packloop.config import LoraConfig, ModelConfig
 from packloop.engine.model import load_model
 from packloop.engine.optim import FlatParameters
-from packloop.kernels.attention import DocumentLayout, load_backend
+from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
 from packloop.kernels.lora_linear import _stacked_rows
-from packloop.kernels.patch import FusedLayers, packed_loss_sum, patched, why_not_fused
+from packloop.kernels.patch import packed_loss_sum, patched, why_not_fused
 
 LENGTHS = (5, 19, 8)  # documents of a row, of which the last is padding
 TARGETS = {
@@ -93,9 +93,8 @@ def test_ranks_that_do_not_align_take_the_plain_products(small_base, rank):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_row15_memory_choices_change_no_bit(small_base, options, dropout):
-    model, flat = make_model(small_base, quantization="nf4", targets="all-linear", dropout=dropout)
+def test_row15_memory_choices_change_no_bit_at_dropout(small_base, options):
+    model, flat = make_model(small_base, quantization="nf4", targets="all-linear", dropout=0.1)
     loss, gradient = loss_and_gradient(model, flat, fused=True)
     other_loss, other = loss_and_gradient(model, flat, fused=True, **options)
     assert other_loss == loss
@@ -110,18 +109,6 @@ def test_dropout_draws_another_mask_for_another_seed_and_none_in_evaluation(smal
     model.eval()
     dry = [loss_and_gradient(model, flat, fused=True, seed=seed)[0] for seed in (1, 2)]
     assert dry[0] == dry[1] not in losses.values()
-
-
-def test_one_product_for_both_gradients_where_a_group_is_wide(small_base):
-    model, _ = make_model(small_base, quantization="nf4", targets="all-linear")
-    with patched(model, attention="sdpa", fused=True) as llama:
-        layers = FusedLayers(llama.model, load_backend("sdpa"), ["products"] * 2, 0).layers
-    assert {name: weights.joins_backward for name, weights in layers[0].weights.items()} == {
-        "qkv": False,  # two heads of keys and values for four of queries: 2.0 times the input
-        "o": False,
-        "gate_up": True,
-        "down": False,
-    }
 
 
 def test_cached_weights_follow_the_adapter(small_base):

@@ -36,8 +36,6 @@ class GroupWeights:
         num_ranks = 0 if group.a_RH is None else group.a_RH.shape[0]
         self.extends = self.is_quantised and num_ranks > 0 and num_ranks % _RANK_ALIGNMENT == 0
         self._num_ranks = num_ranks if self.extends else 0
-        # Backward's product then makes d_projected as well: see `joined_input_gradient`.
-        self.joins_backward = self.extends and sum(group.out_features) > 2 * self._nf4.shape[1]
         self._kept: list[Tensor] | ExtendedWeight | None = None
 
     @property
@@ -60,8 +58,7 @@ class GroupWeights:
         if not self.extends:
             return [buffer]
         extended = ExtendedWeight(buffer, self._group.out_features, num_features)
-        needs_a = for_backward and not self.joins_backward
-        extended.write_adapters(self._group, a=needs_a, b=not needs_a)
+        extended.write_adapters(self._group, a=for_backward, b=not for_backward)
         return extended
 
     def keep(self) -> list[Tensor] | ExtendedWeight:

@@ -24,12 +24,7 @@ from torch import Tensor
 
 from packloop.kernels.attention import Attention, DocumentLayout, rotates
 from packloop.kernels.base_weights import GroupWeights
-from packloop.kernels.extended_weight import (
-    ExtendedWeight,
-    extended_group_forward,
-    extended_input_gradient,
-    joined_input_gradient,
-)
+from packloop.kernels.extended_weight import ExtendedWeight, extended_group_forward, extended_input_gradient
 from packloop.kernels.lora_linear import (
     Dropout,
     LoraGroup,
@@ -313,19 +308,6 @@ def _backward(
             weight = [weight.base]
         return lora_input_gradient(dy_wide[:, :num_outputs], d_projected[group], weight, layer.groups[group], dropout)
 
-    def through(group: str, dy_wide: Tensor) -> Tensor:
-        """Both of the above."""
-        adapters, dropout = layer.groups[group], layer.dropout(batch, group)
-        if dropout is not None or not layer.weights[group].joins_backward:
-            output_gradient(group, dy_wide)
-            return input_gradient(group, dy_wide)
-        dy = dy_wide[:, : sum(adapters.out_features)]
-        dx, d_projected[group] = joined_input_gradient(dy, weights[group], adapters)
-        weights.drop(group)
-        projected, known = kept.projected[group], d_projected[group]
-        lora_b_gradients(dy, projected, adapters, None, d_projected_TR=known, into=gradients.b[group])
-        return dx
-
     def a_gradient(group: str, x: Tensor) -> None:
         adapters, dropout = layer.groups[group], layer.dropout(batch, group)
         lora_a_gradient(d_projected[group], x, adapters, dropout, into=gradients.a[group])
@@ -336,7 +318,8 @@ def _backward(
         return wide[:, : x.shape[1]]
 
     d_out_wide = _with_spare_columns(d_out, layer.spare_columns("down"))
-    d_hidden = through("down", d_out_wide)
+    output_gradient("down", d_out_wide)
+    d_hidden = input_gradient("down", d_out_wide)
     gate, up = _gate_and_up(layer, kept.gate_up)
     hidden = kept.inputs.pop("down", None)
     rebuilt = _buffer(gate, gate.shape[1]) if hidden is None and layer.has_adapter("down") else None
@@ -345,22 +328,25 @@ def _backward(
         a_gradient("down", rebuilt if hidden is None else hidden[:, : gate.shape[1]])
     del d_hidden, hidden, rebuilt, gate, up
     d_gate_up, kept.gate_up = kept.gate_up, None  # the pass above has overwritten the one with the other
-    d_n2 = through("gate_up", d_gate_up)
+    output_gradient("gate_up", d_gate_up)
+    d_n2 = input_gradient("gate_up", d_gate_up)
     del d_gate_up
     if layer.has_adapter("gate_up"):
         a_gradient("gate_up", normed("gate_up", kept.x2))
     d_x2_wide, d_x2 = _gradient_buffer(d_n2, layer.spare_columns("o"))
     add_rms_norm_backward(d_n2, d_out, kept.x2, layer.norm2_H, kept.rstd2, d_residual=d_x2)
 
-    d_attended = through("o", d_x2_wide)
+    output_gradient("o", d_x2_wide)
+    d_attended = input_gradient("o", d_x2_wide)
     if layer.has_adapter("o"):
         a_gradient("o", kept.attended[:, : layer.num_heads * layer.head_dim])
     d_qkv = _attend_backward(layer, batch, kept, d_attended)
-    d_n1 = through("qkv", d_qkv) if needs_dx else output_gradient("qkv", d_qkv)
+    output_gradient("qkv", d_qkv)
     if layer.has_adapter("qkv"):
         a_gradient("qkv", normed("qkv", kept.x1))
     d_x1 = None
     if needs_dx:
+        d_n1 = input_gradient("qkv", d_qkv)
         # The layer before has this gradient as its output's, whose product takes spare columns too.
         _, d_x1 = _gradient_buffer(d_n1, layer.spare_columns("down"))
         add_rms_norm_backward(d_n1, d_x2, kept.x1, layer.norm1_H, kept.rstd1, d_residual=d_x1)

@@ -59,18 +59,3 @@ def extended_group_forward(
 def extended_input_gradient(dy_extended: Tensor, weight: ExtendedWeight) -> Tensor:
     """dx [T, H] of a group without dropout, in one product. `dy_extended` [T, O + R]: dy beside d_projected."""
     return dy_extended @ weight.buffer[:, : weight.num_features]
-
-
-@torch.no_grad()
-def joined_input_gradient(dy_TO: Tensor, weight: ExtendedWeight, group: LoraGroup) -> tuple[Tensor, Tensor]:
-    """(dx [T, H], d_projected [T, R]) of a group without dropout, from one product that reads dy for both.
-
-        [dx | d_projected / scaling] = dy [W | B],   then dx += d_projected A
-
-    The sum is a pass over dx, where a product of d_projected alone would be one over dy: worth it where dy is the wider
-    by more than two. Both results are columns of one buffer; dx is rounded once more than by `extended_input_gradient`.
-    """
-    wide = dy_TO @ weight.buffer[: sum(group.out_features)]
-    dx_TH, d_projected_TR = wide.split([weight.num_features, group.a_RH.shape[0]], dim=1)
-    d_projected_TR.mul_(group.scaling)
-    return dx_TH.addmm_(d_projected_TR, group.a_RH), d_projected_TR

@@ -145,26 +145,23 @@ def lora_b_gradients(
     group: LoraGroup,
     dropout: Dropout | None,
     *,
-    d_projected_TR: Tensor | None = None,
     out: Tensor | None = None,
     into: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """`(d_projected [T, R], [dB or None for each member])`: what backward can do without the group's input.
 
-    d_projected is not computed where it is given, and written to `out` where that is given; dB is added to the
-    tensors `into`, float32 [O_i, r], which are returned.
+    `out`, when given, receives d_projected; dB is added to the tensors `into`, float32 [O_i, r], which are returned.
     """
     b_gradients: list[Tensor | None] = [None] * len(group.out_features) if into is None else list(into)
     if projected_TR is None:
         return None, b_gradients
-    is_known = d_projected_TR is not None
-    if not is_known:
-        d_projected_TR = torch.empty_like(projected_TR, memory_format=torch.contiguous_format) if out is None else out
+    d_projected_TR = (
+        torch.empty(projected_TR.shape, dtype=projected_TR.dtype, device=projected_TR.device) if out is None else out
+    )
     scale = _scale(group, dropout)
     for index, (columns, ranks, b_Or) in enumerate(group.members()):
         if b_Or is not None:
-            if not is_known:
-                d_projected_TR[:, ranks].addmm_(dy_TO[:, columns], b_Or, beta=0, alpha=scale)
+            d_projected_TR[:, ranks].addmm_(dy_TO[:, columns], b_Or, beta=0, alpha=scale)
             b_gradients[index] = _wide_product(dy_TO[:, columns].T, projected_TR[:, ranks], b_gradients[index])
     return d_projected_TR, b_gradients
 
