@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from packloop.bench import kernel_classes as classes
-from packloop.bench.labels import GROUP_PRODUCTS, INPUT_GRADIENT, JOINED_GRADIENT, LAYER, LOSS, NORM_FORWARD, Label
+from packloop.bench.labels import GROUP_PRODUCTS, INPUT_GRADIENT, LAYER, LOSS, NORM_FORWARD, Label
 from packloop.bench.results import Ceilings, Record
 from packloop.bench.trace import Range, Trace, Work, exclusive_ms
 
@@ -134,7 +134,7 @@ class StepBreakdown:
         if product is not None and cls in (classes.BASE_GEMM, classes.LORA, classes.HEAD):
             flops = 0.0 if id(product) in self._counted else _flops(product)
             self._counted.add(id(product))
-        share = label.lora_share if label is not None and product is not None and cls == classes.BASE_GEMM else 0.0
+        share = label.lora_share if label is not None and product is not None else 0.0
         for part_cls, part in ((cls, 1 - share), (classes.LORA, share)):
             if part == 0.0:
                 continue
@@ -189,8 +189,8 @@ class StepBreakdown:
         if label.cls != classes.BASE_GEMM:
             return label.cls
         if product is None:
-            return classes.LORA if label.lora_share else classes.likely_class(name)
-        is_adapters = label.what in (GROUP_PRODUCTS, JOINED_GRADIENT) and product.name == "aten::addmm_"
+            return classes.likely_class(name)
+        is_adapters = label.what == GROUP_PRODUCTS and product.name == "aten::addmm_"
         if label.what == INPUT_GRADIENT and label.ranks:
             is_adapters = product.name == "aten::mm" or _inner_dimension(product) == label.ranks
         return classes.LORA if is_adapters else classes.BASE_GEMM

@@ -43,9 +43,9 @@ from packloop.kernels import (
 
 # What tells phases apart: the loss of a micro-batch, and within it, or again in backward, the forward pass of a layer.
 LOSS, LAYER = "loss", "layer"
-# Functions that do products of the base and of the adapters: in the first two the adapters' are the `addmm_`, in the
-# third those over the adapters' ranks.
-GROUP_PRODUCTS, JOINED_GRADIENT, INPUT_GRADIENT = "lora_group_forward", "joined_input_gradient", "lora_input_gradient"
+# Functions that do products of the base and of the adapters: in the first the adapters' are its `addmm_`, in the second
+# those over the adapters' ranks.
+GROUP_PRODUCTS, INPUT_GRADIENT = "lora_group_forward", "lora_input_gradient"
 # In backward, the norm of a layer's input is made again where it was not kept.
 NORM_FORWARD = "add_rms_norm_forward"
 
@@ -120,7 +120,6 @@ def _functions() -> list[tuple[Any, str, Callable[..., Label]]]:
         (extended_weight.ExtendedWeight, "write_adapters", _plain("write_adapters", classes.LORA)),
         (decoder_layer, "extended_group_forward", _extended_forward),
         (decoder_layer, "extended_input_gradient", _extended_input_gradient),
-        (decoder_layer, JOINED_GRADIENT, _joined_gradient),
         (decoder_layer, "lora_group_forward", _plain(GROUP_PRODUCTS, classes.BASE_GEMM)),
         (decoder_layer, INPUT_GRADIENT, _input_gradient),
         (lora_linear, "dropout_add_input_gradient_", _add_input_gradient),
@@ -202,11 +201,6 @@ def _extended_forward(x_extended, weight, *_rest, **_options) -> Label:
 def _extended_input_gradient(dy_extended, weight, *_rest, **_options) -> Label:
     share = 1 - sum(weight.out_features) / dy_extended.shape[1]
     return Label("extended_input_gradient", classes.BASE_GEMM, lora_share=share)
-
-
-def _joined_gradient(dy_TO, weight, group, *_rest, **_options) -> Label:
-    ranks = group.a_RH.shape[0]
-    return Label(JOINED_GRADIENT, classes.BASE_GEMM, lora_share=ranks / (weight.num_features + ranks))
 
 
 def _norm_forward(residual_TH, update_TH, *_rest, **_options) -> Label:
