@@ -117,6 +117,7 @@ def train_step(
         totals = accelerator.reduce(totals, "sum")
         flat.gradient.copy_(accelerator.reduce(flat.gradient, "sum"))
     sums = torch.cat([totals, flat.gradient.norm().double()[None]])
+    optimizer.prefetch()
     if meanwhile is not None:
         meanwhile()
     # The step's one host read: nothing is stepped before its gradient is known to be finite.

@@ -42,7 +42,9 @@ def enforce_budget(model: nn.Module, budget_gib: float | None, paged_bytes: int,
     torch.cuda.empty_cache()
     if torch.cuda.memory_reserved(device) > allowed_bytes:
         raise OutOfMemoryError(_table(model, budget_gib * _GIB, paged_bytes))
-    torch.cuda.set_per_process_memory_fraction(allowed_bytes / total_bytes, device)
+    # By number: a device without one is refused here, though by nothing else.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(allowed_bytes / total_bytes, index)
 
 
 def plan_memory(

@@ -104,6 +104,8 @@ class AdamW:
             self.optimizer = cls([flat.weight], **arguments)
             # State is allocated now, so that memory is decided before the first step and a resume can fill it in place.
             self.optimizer.init_state(self.optimizer.param_groups[0], flat.weight, 0, 0)
+            # Its step would call the driver for this while the device waits; `prefetch` does so before.
+            self._prefetch_state, self.optimizer.prefetch_state = self.optimizer.prefetch_state, lambda parameter: None
         else:
             if name == "paged_adamw_32bit":
                 logger.info("train.optim=paged_adamw_32bit pages on CUDA only; on this device its state is not paged")
@@ -123,6 +125,11 @@ class AdamW:
     def paged_bytes(self) -> int:
         """Managed memory of the moments, in bytes; 0 where they are not paged."""
         return sum(moment.nbytes for moment in self._moments()) if self.is_paged else 0
+
+    def prefetch(self) -> None:
+        """Asks for paged moments on the device, before `step` and while the device is still busy: host work."""
+        if self.is_paged:
+            self._prefetch_state(self.flat.weight)
 
     def step(self, learning_rate: float) -> None:
         """One update of the flat weight from the flat gradient at `learning_rate`."""

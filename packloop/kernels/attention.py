@@ -41,6 +41,14 @@ class DocumentLayout:
         same = ids[:, None, :, None] == ids[:, None, None, :]
         return same & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
 
+    def bias_B1LL(self, dtype: torch.dtype) -> Tensor:
+        """What is added to scores: 0 where a query may see a key, elsewhere the lowest number of dtype."""
+        biases = self.__dict__.setdefault("_biases", {})
+        if dtype not in biases:
+            hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.document_ids_BL.device)
+            biases[dtype] = torch.zeros_like(hidden).where(self.mask_B1LL, hidden)
+        return biases[dtype]
+
 
 class Attention(Protocol):
     """A backend. q is [T, H, D], k and v are [T, K, D]; features are adjacent, rows may be strided."""
@@ -82,11 +90,9 @@ class DifferentiatedAttention:
 
 
 def _eager(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
-    """The whole score matrix in memory, softmax in fp32 (fp64 for fp64): the baseline that the others are held to."""
-    scores = q_BHLD @ k_BHLD.transpose(-1, -2) * scale
-    scores = scores.masked_fill(~layout.mask_B1LL, torch.finfo(scores.dtype).min)
-    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=softmax_dtype).to(q_BHLD.dtype) @ v_BHLD
+    """The whole score matrix in memory, softmax summed in at least fp32: the baseline that others are held to."""
+    scores = (q_BHLD * scale) @ k_BHLD.transpose(-1, -2)
+    return scores.add_(layout.bias_B1LL(scores.dtype)).softmax(-1) @ v_BHLD
 
 
 def _sdpa(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
