@@ -41,7 +41,7 @@ SAME_BATCH, EAGER = "ours at the peer's batch", "ours, eager"
 DROPOUT, NO_DROPOUT = "ours, dropout 0.1", "ours, dropout 0"
 CASES = {
     "tutorial-eager": Case(
-        ours=f"{_QV} --batch 8",
+        ours=f"{_QV} --batch 6",
         peers={"trl": f"{_QV} --batch 4 --packing wrapped --attention eager --checkpointing"},
         bound=3.7,
         extras=(
@@ -51,10 +51,10 @@ CASES = {
         checks=(Check(SAME_BATCH, "B"), Check(EAGER, "B", 0.97)),
     ),
     "qv-liger": Case(
-        ours=f"{_QV} --batch 8",
+        ours=f"{_QV} --batch 6",
         peers={
-            "trl": f"{_QV} --batch 4 {_LIGER} --no-checkpointing",
-            "unsloth": f"{_QV} --batch 4 --no-checkpointing",
+            "trl": f"{_QV} --batch 8 {_LIGER} --no-checkpointing",
+            "unsloth": f"{_QV} --batch 8 --no-checkpointing",
         },
         bound=1.2,
         or_of_floor=0.90,
@@ -68,10 +68,10 @@ CASES = {
         checks=(Check(DROPOUT, NO_DROPOUT, 1 / 1.03),),
     ),
     "all-linear-unsloth": Case(
-        ours=f"{_ALL} --batch 8",
+        ours=f"{_ALL} --batch 6",
         peers={
-            "unsloth": f"{_ALL} --batch 4 --no-checkpointing",
-            "trl": f"{_ALL} --batch 4 {_LIGER} --no-checkpointing",
+            "unsloth": f"{_ALL} --batch 8 --no-checkpointing",
+            "trl": f"{_ALL} --batch 8 {_LIGER} --no-checkpointing",
         },
         bound=1.2,
         or_of_floor=0.90,
