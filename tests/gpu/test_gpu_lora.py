@@ -146,21 +146,33 @@ def stock_group(x, weights, loras, dropout_: Dropout | None) -> torch.Tensor:
     )
 
 
-def judge_group(found, x: torch.Tensor, weights, loras, dropout_: Dropout | None) -> None:
-    """found: (y, dx, the group's dA stacked, dB or None of each member)."""
-    y, dx, d_a, d_b = found
-    rank = next(lora.a_rH.shape[0] for lora in loras if lora is not None)
-    member_d_b = [gradient for gradient in d_b if gradient is not None]
+class Places:
+    """Where the masters' gradients are added up: float32, those of A in one piece as in the engine's flat buffer.
+
+    A's hold ones already, to which the gradient is added.
+    """
+
+    def __init__(self, loras: list[Lora | None]):
+        present = [lora for lora in loras if lora is not None]
+        stacked = torch.ones(sum(lora.a_rH.shape[0] for lora in present), present[0].a_rH.shape[1], device=DEVICE)
+        self.a = list(stacked.split([lora.a_rH.shape[0] for lora in present]))
+        self.b = [None if lora is None else torch.zeros_like(lora.b_Or) for lora in loras]
+
+    def gradients(self) -> list[torch.Tensor]:
+        """For each adapter A's, then B's."""
+        d_b = [place for place in self.b if place is not None]
+        return [gradient for a, b in zip(self.a, d_b, strict=True) for gradient in (a - 1, b)]
+
+
+def judge_group(y, dx, places: Places, x: torch.Tensor, weights, loras, dropout_: Dropout | None) -> None:
     masters = [master for lora in loras if lora is not None for master in lora[:2]]
-    gradients = [gradient for pair in zip(d_a.split(rank), member_d_b, strict=True) for gradient in pair]
-    assert {gradient.dtype for gradient in gradients} == {torch.float32}
 
     def stock(x, *given):
         remaining = iter(given)
         members = [None if lora is None else Lora(next(remaining), next(remaining), SCALING) for lora in loras]
         return stock_group(x, weights, members, dropout_)
 
-    judge(((y,), (dx, *gradients)), stock, stock, [x.detach().requires_grad_(), *masters])
+    judge(((y,), (dx, *places.gradients())), stock, stock, [x.detach().requires_grad_(), *masters])
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -172,11 +184,11 @@ def test_a_group_over_a_dense_base(num_tokens: int, name: str, p: float):
     x, dropout_ = random(num_tokens, num_features), Dropout(p, 11, 3) if p else None
     group = copies_of(out_features, loras)
     y, projected = lora_group_forward(x, weights, group, dropout_)
-    dy = gradient_of(y)
-    d_projected, d_b = lora_b_gradients(dy, projected, group, dropout_)
-    d_a = lora_a_gradient(d_projected, x, group, dropout_)
+    dy, places = gradient_of(y), Places(loras)
+    d_projected, _ = lora_b_gradients(dy, projected, group, dropout_, into=places.b)
+    lora_a_gradient(d_projected, x, group, dropout_, into=places.a)
     dx = lora_input_gradient(dy, d_projected, weights, group, dropout_)
-    judge_group((y, dx, d_a, d_b), x, weights, loras, dropout_)
+    judge_group(y, dx, places, x, weights, loras, dropout_)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -201,10 +213,11 @@ def test_a_group_over_an_nf4_base(name: str, p: float):
     dy_wide = torch.full((1000, num_outputs + num_ranks), float("nan"), dtype=DTYPE, device=DEVICE)
     dy_wide[:, :num_outputs] = gradient_of(y)
     dy, spare = dy_wide[:, :num_outputs], dy_wide[:, num_outputs:]
-    d_projected, d_b = lora_b_gradients(dy, projected, group, group_dropout, out=spare)
-    d_a = lora_a_gradient(d_projected, x, group, group_dropout)
+    places = Places(loras)
+    d_projected, _ = lora_b_gradients(dy, projected, group, group_dropout, out=spare, into=places.b)
+    lora_a_gradient(d_projected, x, group, group_dropout, into=places.a)
     if group_dropout is None:
         dx = extended_input_gradient(dy_wide, backward)
     else:
         dx = lora_input_gradient(dy, d_projected, [backward.base], group, group_dropout)
-    judge_group((y, dx, d_a, d_b), x, weights, loras, group_dropout)
+    judge_group(y, dx, places, x, weights, loras, group_dropout)
