@@ -140,6 +140,9 @@ class TrainConfig(Section):
     eval_every: Literal["epoch"] | Positive = Field("epoch", description="Steps between evaluations of held-out rows.")
 
 
+Implementation = Literal["auto", "triton", "torch"]
+
+
 class KernelsConfig(Section):
     """What replaces the stock Llama's operations."""
 
@@ -157,6 +160,24 @@ class KernelsConfig(Section):
     )
     keep_inputs: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="How many layers keep the inputs of their products for backward, else rebuilt (fused only)."
+    )
+
+    rms_norm: Implementation = Field(
+        "auto",
+        description="Who runs RMSNorm and the residual sum before it (fused layers only). auto: triton on a GPU, torch "
+        "elsewhere.",
+    )
+    rope: Implementation = Field(
+        "auto",
+        description="Rotary position embedding (fused layers only); attention=document does it itself, unless this is "
+        "torch.",
+    )
+    swiglu: Implementation = Field("auto", description="silu(gate) * up (fused layers only).")
+    nf4: Implementation = Field(
+        "auto", description="Dequantisation of NF4 weights (fused layers only); torch: bitsandbytes' own kernel."
+    )
+    cross_entropy: Implementation = Field(
+        "auto", description="Loss and gradient of a chunk of logits; the chunks, of either kind of layer, stay."
     )
 
 

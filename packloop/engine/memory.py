@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price, choose_plan, fits_bytes, smallest_plan
 from packloop.errors import ConfigError, OutOfMemoryError
 from packloop.kernels.decoder_layer import FusedLayer, activation_bytes, decoder_layer
+from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.patch import FusedLayers, find_llama, load_backend, packed_loss_sum, patched
 
 # Left to the driver, the CUDA context and what other libraries allocate, where no budget is given.
@@ -55,6 +56,7 @@ def plan_memory(
     fixed: dict[str, int],
     budget_gib: float | None,
     paged_bytes: int,
+    operations: Operations = AUTO,
 ) -> tuple[MemoryPlan, str]:
     """(plan, why) for a fused model on CUDA whose weights, gradients and optimizer state are in place.
 
@@ -70,13 +72,13 @@ def plan_memory(
     smallest = smallest_plan(num_layers, fixed)
     if len(fixed) == 3:
         return smallest, "as set"
-    used_bytes = _peak_bytes(model, micro, attention, smallest)
+    used_bytes = _peak_bytes(model, micro, smallest, attention, operations)
     if used_bytes is None:
         raise OutOfMemoryError(_table(model, budget_bytes, paged_bytes, num_slots=micro[0].numel()))
-    costs = _measure(llama, micro, attention)
+    costs = _measure(llama, micro, attention, operations)
     spare_bytes = budget_bytes - paged_bytes - used_bytes
     plan = choose_plan(costs, num_layers, fixed, fits_bytes(costs, num_layers, fixed, spare_bytes)) or smallest
-    while (peak := _peak_bytes(model, micro, attention, plan)) is None or peak + paged_bytes > budget_bytes:
+    while (peak := _peak_bytes(model, micro, plan, attention, operations)) is None or peak + paged_bytes > budget_bytes:
         smaller = _one_less(plan, fixed, num_layers)
         if smaller == plan:
             break
@@ -84,10 +86,11 @@ def plan_memory(
     return plan, f"a layer's {costs}; peak {(peak or used_bytes) / _GIB:.1f} GiB of {budget_bytes / _GIB:.1f} allowed"
 
 
-def _measure(llama: nn.Module, micro: tuple, attention: str) -> LayerCosts:
+def _measure(llama: nn.Module, micro: tuple, attention: str, operations: Operations) -> LayerCosts:
     """What not recomputing, caching and keeping inputs save, of one layer in the middle of the model."""
     _, position_ids_BL, layout, *_ = micro
-    fused = FusedLayers(llama.model, load_backend(attention), ["products"] * len(llama.model.layers), 0)
+    keeps = ["products"] * len(llama.model.layers)
+    fused = FusedLayers(llama.model, load_backend(attention), keeps, 0, operations)
     layer = fused.layers[len(fused.layers) // 2]
     batch = fused.batch(llama.model, position_ids_BL, layout)
     num_slots, num_features = position_ids_BL.numel(), llama.config.hidden_size
@@ -138,7 +141,7 @@ def _one_less(plan: MemoryPlan, fixed: dict[str, int], num_layers: int) -> Memor
     return plan
 
 
-def _peak_bytes(model: nn.Module, micro: tuple, attention: str, plan: MemoryPlan) -> int | None:
+def _peak_bytes(model: nn.Module, micro: tuple, plan: MemoryPlan, attention: str, operations: Operations) -> int | None:
     """Reserved memory at the peak of one forward and backward pass; None where it does not fit."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -147,7 +150,7 @@ def _peak_bytes(model: nn.Module, micro: tuple, attention: str, plan: MemoryPlan
     was_training = model.training
     model.train()
     try:
-        with patched(model, attention=attention, fused=True, **asdict(plan)) as llama:
+        with patched(model, attention=attention, fused=True, operations=operations, **asdict(plan)) as llama:
             packed_loss_sum(llama, *micro).backward()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_reserved()

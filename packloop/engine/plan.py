@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict, fields
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from packloop.engine.memory import enforce_budget, plan_memory
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.errors import ConfigError
 from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend, prepare_layout
+from packloop.kernels.operations import Operations, choose_operations
 from packloop.kernels.patch import why_not_fused
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,12 @@ def patch_options(config: RunConfig, model: nn.Module) -> dict:
         "recompute_layers": count_layers(config.train.gradient_checkpointing, num_layers),
         "cached_layers": count_layers(config.kernels.dequant_cache, num_layers),
         "keep_inputs_layers": count_layers(config.kernels.keep_inputs, num_layers),
+        "operations": _operations_of(config),
     }
+
+
+def _operations_of(config: RunConfig) -> Operations:
+    return Operations(**{field.name: getattr(config.kernels, field.name) for field in fields(Operations)})
 
 
 def layout_preparation(config: RunConfig) -> Callable[[DocumentLayout], None]:
@@ -72,7 +79,12 @@ def _resolve(
         if reason:
             logger.info("kernels.layer=stock: the fused layer cannot be used: %s", reason)
     attention = _resolve_attention(config, model, loader, device)
-    kernels = config.kernels.model_copy(update={"layer": layer, "attention": attention})
+    try:
+        operations = choose_operations(_operations_of(config), device, fused=layer == "fused")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    chosen = {"layer": layer, "attention": attention, **asdict(operations)}
+    kernels = config.kernels.model_copy(update=chosen)
     config = config.model_copy(update={"kernels": kernels})
     plan = _plan(config, model, loader, device, paged_bytes)
     chosen = {
@@ -138,6 +150,7 @@ def _plan(
         fixed=fixed,
         budget_gib=config.train.memory_budget_gib,
         paged_bytes=paged_bytes,
+        operations=_operations_of(config),
     )
     logger.info("memory: %s: %s", plan, why)
     return plan

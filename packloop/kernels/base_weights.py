@@ -13,6 +13,7 @@ from torch import Tensor
 from packloop.kernels.extended_weight import ExtendedWeight
 from packloop.kernels.lora_linear import LoraGroup
 from packloop.kernels.nf4 import Nf4Group
+from packloop.kernels.reference import Implementation
 
 # Adapters join the weight's own product where their columns keep its rows aligned to 16 bytes.
 _RANK_ALIGNMENT = 8
@@ -23,14 +24,16 @@ class GroupWeights:
 
     NF4 members are dequantised into the rows of one new buffer, so that the group is one product; the adapters lie
     beside them in it (`extends`, an `ExtendedWeight`). Dense members are returned as they are, one product each.
-    `keep()` stores the buffer, so that later calls cost nothing: same values, same results.
+    `keep()` stores the buffer, so that later calls cost nothing: same values, same results. nf4: who dequantises.
     """
 
-    def __init__(self, members: Sequence[Tensor], group: LoraGroup, dtype: torch.dtype):
+    def __init__(
+        self, members: Sequence[Tensor], group: LoraGroup, dtype: torch.dtype, *, nf4: Implementation = "auto"
+    ):
         is_nf4 = [hasattr(weight, "quant_state") for weight in members]
         if any(is_nf4) != all(is_nf4):
             raise ValueError("a group of linear layers is either all NF4 or all dense; this one is mixed")
-        self._members, self._group, self._dtype = list(members), group, dtype
+        self._members, self._group, self._dtype, self._by = list(members), group, dtype, nf4
         self.is_quantised = is_nf4[0]
         self._nf4 = Nf4Group(members) if self.is_quantised else None
         num_ranks = 0 if group.a_RH is None else group.a_RH.shape[0]
@@ -54,7 +57,7 @@ class GroupWeights:
             return self._members
         num_features = self._nf4.shape[1]
         buffer = torch.empty(self._buffer_shape(), dtype=self._dtype, device=self._members[0].device)
-        self._nf4.dequantize(buffer[: self._nf4.shape[0], :num_features])
+        self._nf4.dequantize(buffer[: self._nf4.shape[0], :num_features], by=self._by)
         if not self.extends:
             return [buffer]
         extended = ExtendedWeight(buffer, self._group.out_features, num_features)

@@ -34,6 +34,7 @@ from packloop.kernels.lora_linear import (
     lora_input_gradient,
     lora_project,
 )
+from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.rms_norm import add_rms_norm_backward, add_rms_norm_forward
 from packloop.kernels.rope import Rotation, rope_
 from packloop.kernels.swiglu import swiglu_backward, swiglu_forward
@@ -69,10 +70,16 @@ class FusedLayer:
     masters: tuple[Tensor, ...]
     attention: Attention
     keeps: Literal["all", "products", "input"]
+    operations: Operations = AUTO
 
     @property
     def scale(self) -> float:
         return self.head_dim**-0.5
+
+    @property
+    def attention_rotates(self) -> bool:
+        """Whether RoPE is the backend's: where it can do it, and is not asked to leave it to PyTorch."""
+        return rotates(self.attention) and self.operations.rope != "torch"
 
     def dropout(self, batch: Batch, group: str) -> Dropout | None:
         """The group's mask: its own stream under the micro-batch's seed. None where there is nothing to drop."""
@@ -155,12 +162,13 @@ def _split_heads(layer: FusedLayer, qkv_TO: Tensor) -> tuple[Tensor, Tensor, Ten
 def _rotate(layer: FusedLayer, batch: Batch, qkv_TO: Tensor, *, inverse: bool) -> None:
     q_size, kv_size = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     q_TO, k_TO = qkv_TO[:, :q_size], qkv_TO[:, q_size : q_size + kv_size]
-    rope_(q_TO, k_TO, batch.rotation.cos_PD, batch.rotation.sin_PD, batch.rotation.position_ids_T, inverse=inverse)
+    tables = batch.rotation.cos_PD, batch.rotation.sin_PD, batch.rotation.position_ids_T
+    rope_(q_TO, k_TO, *tables, inverse=inverse, by=layer.operations.rope)
 
 
 def _attend(layer: FusedLayer, batch: Batch, qkv_TO: Tensor) -> tuple[Tensor, object]:
     """(output [T, H * D], with spare columns where the backend can write beside them; what backward needs)."""
-    if rotates(layer.attention):
+    if layer.attention_rotates:
         num_features = layer.num_heads * layer.head_dim
         wide = _buffer(qkv_TO, num_features + layer.spare_columns("o"))
         out_THD = wide[:, :num_features].unflatten(1, (-1, layer.head_dim))
@@ -176,7 +184,7 @@ def _attend(layer: FusedLayer, batch: Batch, qkv_TO: Tensor) -> tuple[Tensor, ob
 def _attend_backward(layer: FusedLayer, batch: Batch, kept: _Activations, d_attended: Tensor) -> Tensor:
     """Gradient of the projection's output [T, O], with spare columns."""
     d_qkv = _buffer(kept.qkv, kept.qkv.shape[1] + layer.spare_columns("qkv"))
-    does_rope = rotates(layer.attention)
+    does_rope = layer.attention_rotates
     layer.attention.backward(
         kept.attention_saved,
         d_attended.unflatten(1, (-1, layer.head_dim)),
@@ -196,7 +204,8 @@ def _normed(layer: FusedLayer, group: str, residual: Tensor, update: Tensor | No
     num_features = residual.shape[1]
     wide = _buffer(residual, num_features + layer.spare_columns(group))
     weight_H = layer.norm1_H if group == "qkv" else layer.norm2_H
-    total, _, rstd_T = add_rms_norm_forward(residual, update, weight_H, layer.eps, normed_out=wide[:, :num_features])
+    by, normed = layer.operations.rms_norm, wide[:, :num_features]
+    total, _, rstd_T = add_rms_norm_forward(residual, update, weight_H, layer.eps, normed_out=normed, by=by)
     return total, wide, rstd_T
 
 
@@ -239,10 +248,10 @@ def _forward(
     gate, up = _gate_and_up(layer, gate_up)
     if needs_output:
         hidden = _buffer(gate, gate.shape[1] + layer.spare_columns("down"))
-        swiglu_forward(gate, up, out=hidden[:, : gate.shape[1]])
+        swiglu_forward(gate, up, out=hidden[:, : gate.shape[1]], by=layer.operations.swiglu)
         out = linear("down", hidden)
     elif layer.has_adapter("down"):
-        hidden = swiglu_forward(gate, up)
+        hidden = swiglu_forward(gate, up, by=layer.operations.swiglu)
         kept.projected["down"] = lora_project(hidden, layer.groups["down"], layer.dropout(batch, "down"))
     # The function returns x2 as well: a detached alias keeps its graph node from holding itself alive.
     kept.x1, kept.x2 = x1.detach(), x2.detach()
@@ -323,7 +332,7 @@ def _backward(
     gate, up = _gate_and_up(layer, kept.gate_up)
     hidden = kept.inputs.pop("down", None)
     rebuilt = _buffer(gate, gate.shape[1]) if hidden is None and layer.has_adapter("down") else None
-    swiglu_backward(d_hidden, gate, up, d_gate=gate, d_up=up, hidden_out=rebuilt)
+    swiglu_backward(d_hidden, gate, up, d_gate=gate, d_up=up, hidden_out=rebuilt, by=layer.operations.swiglu)
     if layer.has_adapter("down"):
         a_gradient("down", rebuilt if hidden is None else hidden[:, : gate.shape[1]])
     del d_hidden, hidden, rebuilt, gate, up
@@ -334,7 +343,8 @@ def _backward(
     if layer.has_adapter("gate_up"):
         a_gradient("gate_up", normed("gate_up", kept.x2))
     d_x2_wide, d_x2 = _gradient_buffer(d_n2, layer.spare_columns("o"))
-    add_rms_norm_backward(d_n2, d_out, kept.x2, layer.norm2_H, kept.rstd2, d_residual=d_x2)
+    by = layer.operations.rms_norm
+    add_rms_norm_backward(d_n2, d_out, kept.x2, layer.norm2_H, kept.rstd2, d_residual=d_x2, by=by)
 
     output_gradient("o", d_x2_wide)
     d_attended = input_gradient("o", d_x2_wide)
@@ -349,7 +359,7 @@ def _backward(
         d_n1 = input_gradient("qkv", d_qkv)
         # The layer before has this gradient as its output's, whose product takes spare columns too.
         _, d_x1 = _gradient_buffer(d_n1, layer.spare_columns("down"))
-        add_rms_norm_backward(d_n1, d_x2, kept.x1, layer.norm1_H, kept.rstd1, d_residual=d_x1)
+        add_rms_norm_backward(d_n1, d_x2, kept.x1, layer.norm1_H, kept.rstd1, d_residual=d_x1, by=by)
     return d_x1, gradients.for_autograd
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from packloop.kernels import reference
+from packloop.kernels.reference import Implementation
 
 try:
     import triton
@@ -66,12 +67,14 @@ def rows_per_chunk(vocabulary: int, itemsize: int) -> int:
     return max(64, CHUNK_BYTES // (vocabulary * itemsize) // 64 * 64)
 
 
-def cross_entropy_(logits_CV: Tensor, label_ids_C: Tensor, *, needs_gradient: bool) -> Tensor:
+def cross_entropy_(
+    logits_CV: Tensor, label_ids_C: Tensor, *, needs_gradient: bool, by: Implementation = "auto"
+) -> Tensor:
     """Loss of each row, fp32 [C] (fp64 for fp64); with `needs_gradient` the logits become softmax - one-hot.
 
     Mutates logits_CV. Arithmetic is fp32, the gradient is rounded once to the logits' dtype.
     """
-    if reference.serves(logits_CV):
+    if reference.serves(logits_CV, by):
         wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         log_z_C1 = wide_CV.logsumexp(-1, keepdim=True)
         loss_C = (log_z_C1 - wide_CV.gather(1, label_ids_C[:, None])).squeeze(1)
@@ -97,7 +100,7 @@ def cross_entropy_(logits_CV: Tensor, label_ids_C: Tensor, *, needs_gradient: bo
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH: Tensor, weight_VH: Tensor, label_index_N: Tensor, label_ids_N: Tensor) -> Tensor:
+    def forward(ctx, hidden_TH: Tensor, weight_VH: Tensor, label_index_N: Tensor, label_ids_N: Tensor, by) -> Tensor:
         accumulate_dtype = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
         loss_sum = torch.zeros((), dtype=accumulate_dtype, device=hidden_TH.device)
         d_hidden_TH = torch.zeros_like(hidden_TH) if hidden_TH.requires_grad else None
@@ -108,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index_C, ids_C = label_index_N[start : start + chunk], label_ids_N[start : start + chunk]
             hidden_CH = hidden_TH.index_select(0, index_C)
             logits_CV = hidden_CH @ weight_VH.T
-            loss_sum += cross_entropy_(logits_CV, ids_C, needs_gradient=needs_gradient).sum()
+            loss_sum += cross_entropy_(logits_CV, ids_C, needs_gradient=needs_gradient, by=by).sum()
             if d_hidden_TH is not None:
                 d_hidden_TH.index_copy_(0, index_C, logits_CV @ weight_VH)
             if d_weight_VH is not None:
@@ -124,10 +127,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden_TH = d_hidden_TH * d_loss.to(d_hidden_TH.dtype)
         if d_weight_VH is not None:
             d_weight_VH = (d_weight_VH * d_loss).to(ctx.weight_dtype)
-        return d_hidden_TH, d_weight_VH, None, None
+        return d_hidden_TH, d_weight_VH, None, None, None
 
 
-def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, label_index_N: Tensor, label_ids_N: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    label_index_N: Tensor,
+    label_ids_N: Tensor,
+    *,
+    by: Implementation = "auto",
+) -> Tensor:
     """sum over n of -log softmax(hidden[label_index[n]] @ weight.T)[label_ids[n]].
 
     hidden_TH: [T, H]; weight_VH: [V, H], same dtype, no gradient computed for it when frozen; label_index_N: int64
@@ -135,4 +145,4 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, label_index_N: Te
     rounded to the input's dtype by the GEMM, everything after is fp32. The gradient is computed in forward, so logits
     live one chunk long and are never kept; extra memory is d_hidden and one chunk of logits. No host synchronisation.
     """
-    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, label_index_N, label_ids_N)
+    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, label_index_N, label_ids_N, by)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from packloop.kernels import reference
+from packloop.kernels.reference import Implementation
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -105,17 +106,17 @@ class Nf4Group:
     def _outer_blocksize(state: QuantState) -> int | None:
         return state.state2.blocksize if state.state2 is not None else None
 
-    def dequantize(self, out: Tensor) -> Tensor:
+    def dequantize(self, out: Tensor, *, by: Implementation = "auto") -> Tensor:
         """Fills `out` [sum of O, I], which has adjacent columns and may have strided rows, rounding once to its dtype.
 
-        Raises ValueError for a wrong `out`.
+        `by="torch"` is bitsandbytes' own kernel, weight after weight. Raises ValueError for a wrong `out`.
         """
         if tuple(out.shape) != self.shape or out.stride(-1) != 1:
             raise ValueError(
                 f"out has shape {tuple(out.shape)} and strides {out.stride()}; {self.shape} with adjacent columns is "
                 "needed"
             )
-        if reference.serves(out) or self.shape[1] % _WORD_WEIGHTS:
+        if reference.serves(out, by) or self.shape[1] % _WORD_WEIGHTS:
             row = 0
             for packed, state in zip(self._packed, self._states):
                 part = out[row : row + state.shape[0]]

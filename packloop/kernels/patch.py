@@ -27,6 +27,7 @@ from packloop.kernels.decoder_layer import GROUPS, Batch, FusedLayer, decoder_la
 from packloop.kernels.extended_weight import ExtendedWeight
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
 from packloop.kernels.lora_linear import Dropout, Lora
+from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.rms_norm import add_rms_norm
 from packloop.kernels.rope import Rotation
 
@@ -60,6 +61,7 @@ def patched(
     fused: bool = False,
     cached_layers: int = 0,
     keep_inputs_layers: int = 0,
+    operations: Operations = AUTO,
 ) -> Iterator[LlamaForCausalLM]:
     """Replaces the forward methods of `model` for the duration of the context and yields the Llama inside it.
 
@@ -67,8 +69,8 @@ def patched(
     only their input and recompute the rest in the backward pass. fused: whole layers as one function; ValueError
     where `why_not_fused` gives a reason. Fused only: cached_layers: how many layers, from the first, keep their NF4
     weights dequantised; keep_inputs_layers: how many, from the last, keep the products' inputs that backward else
-    rebuilds. Raises ValueError where a stock signature is not the one expected, or where RoPE's frequencies were cast
-    to fewer than 32 bits.
+    rebuilds. operations: by which implementation each of them runs; of stock layers only the head's. Raises ValueError
+    where a stock signature is not the one expected, or where RoPE's frequencies were cast to fewer than 32 bits.
     """
     llama = find_llama(model)
     backend = load_backend(attention)
@@ -88,12 +90,12 @@ def patched(
             raise ValueError(f"kernels.layer=fused: {reason}; use kernels.layer=stock")
         keeps = _kept_of_layers(len(llama.model.layers), recompute_layers, keep_inputs_layers)
         counted = [CountedAttention(attention, backend) for _ in llama.model.layers]
-        run_layers = FusedLayers(llama.model, counted, keeps, cached_layers)
+        run_layers = FusedLayers(llama.model, counted, keeps, cached_layers, operations)
     else:
         run_layers = _StockLayers(recompute_layers)
     edited: list[nn.Module] = []
     try:
-        _replace_forward(llama.model, _model_forward(llama.model.forward, run_layers))
+        _replace_forward(llama.model, _model_forward(llama.model.forward, run_layers, operations))
         edited.append(llama.model)
         for module in attentions:
             _replace_forward(module, _attention_forward(module.forward, CountedAttention(attention, backend)))
@@ -139,11 +141,13 @@ def packed_loss_sum(
     label_ids_N: Tensor,
 ) -> Tensor:
     """Summed cross-entropy of one micro-batch, fp32 scalar. ValueError for a model outside `patched`."""
-    if "forward" not in vars(llama.model):
+    operations = getattr(llama.model.forward, "operations", None)
+    if operations is None:
         raise ValueError("packed_loss_sum needs the model inside `patched(model)`")
     output = llama.model(input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False, layout=layout)
     hidden_TH = output.last_hidden_state.flatten(0, 1)
-    return linear_cross_entropy(hidden_TH, llama.lm_head.weight, label_index_N, label_ids_N)
+    by = operations.cross_entropy
+    return linear_cross_entropy(hidden_TH, llama.lm_head.weight, label_index_N, label_ids_N, by=by)
 
 
 class _StockLayers:
@@ -177,8 +181,14 @@ class FusedLayers:
     calls_attention_modules = False
 
     def __init__(
-        self, llama_model: LlamaModel, attention: Attention | list[Attention], keeps: list[str], cached_layers: int
+        self,
+        llama_model: LlamaModel,
+        attention: Attention | list[Attention],
+        keeps: list[str],
+        cached_layers: int,
+        operations: Operations = AUTO,
     ):
+        self._operations = operations
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         norm = llama_model.norm.weight
         self._adapters = AdapterCopies(norm.dtype, norm.device)
@@ -186,7 +196,7 @@ class FusedLayers:
         self.layers = []
         attentions = attention if isinstance(attention, list) else [attention] * len(llama_model.layers)
         for index, layer in enumerate(llama_model.layers):
-            fused = _fuse(layer, index, attentions[index], self._adapters, keeps=keeps[index])
+            fused = _fuse(layer, index, attentions[index], self._adapters, keeps[index], operations)
             if index < cached_layers:
                 self._cache(layer, fused)
             self.layers.append(fused)
@@ -198,7 +208,8 @@ class FusedLayers:
         for layer in self.layers:
             residual_TH, update_TH = decoder_layer(residual_TH, update_TH, layer, batch)
         norm = llama_model.norm
-        _, normed_TH = add_rms_norm(residual_TH, update_TH, norm.weight, norm.variance_epsilon)
+        by = self._operations.rms_norm
+        _, normed_TH = add_rms_norm(residual_TH, update_TH, norm.weight, norm.variance_epsilon, by=by)
         return normed_TH.view(hidden_BLH.shape)
 
     def attentions(self, llama_model: LlamaModel) -> list[Attention | None]:
@@ -231,7 +242,9 @@ class FusedLayers:
         return self._tables[num_positions]
 
 
-def _fuse(layer: nn.Module, index: int, attention: Attention, adapters: AdapterCopies, *, keeps: str) -> FusedLayer:
+def _fuse(
+    layer: nn.Module, index: int, attention: Attention, adapters: AdapterCopies, keeps: str, operations: Operations
+) -> FusedLayer:
     groups, weights, masters = {}, {}, []
     for name in GROUPS:
         modules = [layer.get_submodule(member) for member in _GROUP_MEMBERS[name]]
@@ -239,7 +252,7 @@ def _fuse(layer: nn.Module, index: int, attention: Attention, adapters: AdapterC
         loras = [_adapter(module) for module in modules]
         groups[name] = adapters.group([base.out_features for base in bases], loras)
         dtype = layer.input_layernorm.weight.dtype
-        weights[name] = GroupWeights([base.weight for base in bases], groups[name], dtype)
+        weights[name] = GroupWeights([base.weight for base in bases], groups[name], dtype, nf4=operations.nf4)
         masters += [master for lora in loras if lora is not None for master in (lora.a_rH, lora.b_Or)]
     attn = layer.self_attn
     return FusedLayer(
@@ -255,6 +268,7 @@ def _fuse(layer: nn.Module, index: int, attention: Attention, adapters: AdapterC
         masters=tuple(masters),
         attention=attention,
         keeps=keeps,
+        operations=operations,
     )
 
 
@@ -314,7 +328,7 @@ def _replace_forward(module: nn.Module, forward) -> None:
     module.forward = MethodType(forward, module)
 
 
-def _model_forward(stock_forward, run_layers):
+def _model_forward(stock_forward, run_layers, operations: Operations):
     def forward(
         self: LlamaModel,
         input_ids=None,
@@ -335,7 +349,7 @@ def _model_forward(stock_forward, run_layers):
         hidden_BLH = run_layers(self, self.embed_tokens(input_ids), position_ids, layout)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BLH)
 
-    forward.run_layers = run_layers
+    forward.run_layers, forward.operations = run_layers, operations
     return forward
 
 

@@ -9,8 +9,10 @@ Q query heads, K key/value heads, V vocabulary, N rows that count, P positions o
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,9 +43,28 @@ PHILOX_ROUNDS = 7
 DROPOUT_GROUP = 8
 
 
-def serves(tensor: Tensor) -> bool:
-    """Whether these functions do the kernels' work on `tensor`: it is not on a GPU, nor is Triton interpreting."""
-    return not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1"
+# Who does an operation's work: these functions, Triton's kernels, or whichever fits the tensors.
+Implementation = Literal["auto", "triton", "torch"]
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """None where Triton's kernels run on the device (on a CPU: where Triton interprets them), otherwise why not."""
+    if not _HAS_TRITON:
+        return "needs Triton, which is not installed: pip install triton"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs a CUDA GPU, the device is {device.type}"
+    return None
+
+
+def serves(tensor: Tensor, by: Implementation = "auto") -> bool:
+    """Whether these functions do the kernels' work on `tensor`. ValueError where `by` asks for a Triton that cannot."""
+    if by == "torch":
+        return True
+    reason = why_not_triton(tensor.device)
+    if by == "triton" and reason:
+        raise ValueError(f"a Triton kernel {reason}")
+    return reason is not None
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

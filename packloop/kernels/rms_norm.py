@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from packloop.kernels import reference
+from packloop.kernels.reference import Implementation
 
 try:
     import triton
@@ -127,13 +128,14 @@ def add_rms_norm_forward(
     *,
     residual_out: Tensor | None = None,
     normed_out: Tensor | None = None,
+    by: Implementation = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(residual_out, normed, rstd)`, without autograd: what `add_rms_norm` and a fused layer are made of.
 
     Without `update` the residual itself is normalised and returned. The outputs may be given, and `residual_out` may be
     either input (it is then overwritten). rstd is float32 [T] (float64 for float64 inputs). Rows may be strided.
     """
-    if reference.serves(residual_TH):
+    if reference.serves(residual_TH, by):
         return _forward_in_torch(residual_TH, update_TH, weight_H, eps, residual_out, normed_out)
     num_rows, num_features = residual_TH.shape
     if update_TH is None:
@@ -185,13 +187,14 @@ def add_rms_norm_backward(
     *,
     needs_weight_grad: bool = False,
     d_residual: Tensor | None = None,
+    by: Implementation = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """`(d_residual, d_weight)` without autograd; the gradient of the update is that of the residual.
 
     `d_residual_out` is the gradient that reaches the sum by the residual stream (None: none does). `d_residual` may be
     a buffer to fill, also `d_normed` or `d_residual_out` themselves. d_weight is float32 [H], None unless asked for.
     """
-    if reference.serves(residual_out_TH):
+    if reference.serves(residual_out_TH, by):
         dx, d_weight = reference.rms_norm_backward(d_normed_TH, residual_out_TH, weight_H, rstd_T)
         dx = (dx if d_residual_out_TH is None else dx + d_residual_out_TH).to(residual_out_TH.dtype)
         dx = dx if d_residual is None else d_residual.copy_(dx)
@@ -235,8 +238,9 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual_TH, update_TH, weight_H, eps):
-        residual_out_TH, normed_TH, rstd_T = add_rms_norm_forward(residual_TH, update_TH, weight_H, eps)
+    def forward(ctx, residual_TH, update_TH, weight_H, eps, by):
+        residual_out_TH, normed_TH, rstd_T = add_rms_norm_forward(residual_TH, update_TH, weight_H, eps, by=by)
+        ctx.by = by
         ctx.save_for_backward(residual_out_TH, weight_H, rstd_T)
         ctx.set_materialize_grads(False)
         return residual_out_TH, normed_TH
@@ -245,7 +249,7 @@ class _AddRmsNorm(torch.autograd.Function):
     def backward(ctx, d_residual_out_TH, d_normed_TH):
         residual_out_TH, weight_H, rstd_T = ctx.saved_tensors
         if d_normed_TH is None:
-            return d_residual_out_TH, d_residual_out_TH, None, None
+            return d_residual_out_TH, d_residual_out_TH, None, None, None
         d_residual_TH, d_weight_H = add_rms_norm_backward(
             d_normed_TH.contiguous(),
             None if d_residual_out_TH is None else d_residual_out_TH.contiguous(),
@@ -253,8 +257,9 @@ class _AddRmsNorm(torch.autograd.Function):
             weight_H,
             rstd_T,
             needs_weight_grad=ctx.needs_input_grad[2],
+            by=ctx.by,
         )
-        return d_residual_TH, d_residual_TH, None if d_weight_H is None else d_weight_H.to(weight_H.dtype), None
+        return d_residual_TH, d_residual_TH, None if d_weight_H is None else d_weight_H.to(weight_H.dtype), None, None
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -282,9 +287,11 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x_TH, weight_H, eps)
 
 
-def add_rms_norm(residual_TH: Tensor, update_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    residual_TH: Tensor, update_TH: Tensor, weight_H: Tensor, eps: float, *, by: Implementation = "auto"
+) -> tuple[Tensor, Tensor]:
     """`(s, rms_norm(s, weight, eps))` of `s = residual + update`, in one kernel each way.
 
     Keeps s and one float32 a token for backward, which adds the residual stream's gradient in the same pass.
     """
-    return _AddRmsNorm.apply(residual_TH, update_TH, weight_H, eps)
+    return _AddRmsNorm.apply(residual_TH, update_TH, weight_H, eps, by)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from packloop.kernels import reference
+from packloop.kernels.reference import Implementation
 
 try:
     import triton
@@ -139,11 +140,12 @@ def _rotate(
     sin_PD: Tensor,
     position_ids_T: Tensor,
     inverse: bool,
+    by: Implementation = "auto",
 ) -> None:
     """Launches the kernel, or its PyTorch counterpart; the outputs may be the inputs."""
     _check(q_TQD, k_TKD, cos_PD, sin_PD, position_ids_T)
     num_tokens, half = q_TQD.shape[0], cos_PD.shape[-1]
-    if reference.serves(q_TQD):
+    if reference.serves(q_TQD, by):
         for source, target in ((q_TQD, q_out), (k_TKD, k_out)):
             heads_THD = source.unflatten(1, (-1, 2 * half))
             turned_THD = reference.rope(heads_THD, cos_PD, sin_PD, position_ids_T, inverse=inverse)
@@ -189,13 +191,14 @@ def rope_(
     position_ids_T: Tensor,
     *,
     inverse: bool = False,
+    by: Implementation = "auto",
 ) -> None:
     """Overwrites q and k with their rotation, without autograd; `inverse=True` on their gradients is the backward.
 
     q [T, Q*D] and k [T, K*D] may be column slices (adjacent features, any row stride). Tables are float32 [P, D/2];
     position ids are integers [T] in [0, P), which is not checked: it would stop the GPU. Raises ValueError for shapes.
     """
-    _rotate(q_TQD, k_TKD, q_TQD, k_TKD, cos_PD, sin_PD, position_ids_T, inverse)
+    _rotate(q_TQD, k_TKD, q_TQD, k_TKD, cos_PD, sin_PD, position_ids_T, inverse, by)
 
 
 class _Rope(torch.autograd.Function):

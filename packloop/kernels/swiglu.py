@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from packloop.kernels import reference
+from packloop.kernels.reference import Implementation
 
 try:
     import triton
@@ -75,12 +76,12 @@ def _require_rows(**tensors: Tensor) -> None:
         raise ValueError(f"{given}: equal [tokens, features] with adjacent features are needed")
 
 
-def swiglu_forward(gate_TI: Tensor, up_TI: Tensor, *, out: Tensor | None = None) -> Tensor:
+def swiglu_forward(gate_TI: Tensor, up_TI: Tensor, *, out: Tensor | None = None, by: Implementation = "auto") -> Tensor:
     """`silu(gate) * up` without autograd, into `out` when given (which may be a strided slice, or gate or up)."""
     if out is None:
         out = torch.empty_like(gate_TI, memory_format=torch.contiguous_format)
     _require_rows(gate=gate_TI, up=up_TI, out=out)
-    if reference.serves(gate_TI):
+    if reference.serves(gate_TI, by):
         return out.copy_(reference.swiglu(gate_TI, up_TI))
     num_rows, num_features = gate_TI.shape
     if num_rows > 0:
@@ -106,6 +107,7 @@ def swiglu_backward(
     d_gate: Tensor | None = None,
     d_up: Tensor | None = None,
     hidden_out: Tensor | None = None,
+    by: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`(d_gate, d_up)` of `swiglu_forward` without autograd, in one pass.
 
@@ -121,7 +123,7 @@ def swiglu_backward(
         d_gate, d_up = both.chunk(2, dim=1)
     hidden = d_gate if hidden_out is None else hidden_out
     _require_rows(d_hidden=d_hidden_TI, gate=gate_TI, up=up_TI, d_gate=d_gate, d_up=d_up, hidden_out=hidden)
-    if reference.serves(gate_TI):
+    if reference.serves(gate_TI, by):
         product = None if hidden_out is None else reference.swiglu(gate_TI, up_TI)
         d_gate_value, d_up_value = reference.swiglu_backward(d_hidden_TI, gate_TI, up_TI)
         if hidden_out is not None:

@@ -18,6 +18,7 @@ from packloop.engine.batch import to_device
 from packloop.engine.model import load_model
 from packloop.engine.optim import AdamW, FlatParameters
 from packloop.kernels.attention import usable_backends
+from packloop.kernels.operations import Operations
 from packloop.kernels.patch import packed_loss_sum, patched
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -181,6 +182,19 @@ def test_row15_recomputation_and_cached_weights_change_no_bit_at_dropout(base, o
     other_loss, other = loss_and_gradient(model, flat, **options)
     assert other_loss == loss
     assert torch.equal(other, gradient)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Operations)])
+def test_each_kernel_can_be_left_to_pytorch_alone(base, name: str):
+    model, flat = make_model(base, quantization="nf4")
+    loss, gradient = loss_and_gradient(model, flat)
+    other_loss, other = loss_and_gradient(model, flat, operations=Operations(**{name: "torch"}))
+    if name == "nf4":  # the same weights to the last bit
+        assert other_loss == loss
+        assert torch.equal(other, gradient)
+    else:
+        assert other_loss == pytest.approx(loss, rel=1e-3)
+        assert F.cosine_similarity(other, gradient, dim=0) > 0.999
 
 
 @pytest.mark.parametrize("attention", ["document", "flash_attn", "varlen", "sdpa"])

@@ -1,0 +1,49 @@
+"""By which implementation each operation of the fused layers and of the head runs, each chosen by itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from packloop.kernels.reference import Implementation, why_not_triton
+
+
+@dataclass(frozen=True)
+class Operations:
+    """`triton`, `torch`, or `auto`: whichever fits the tensors that arrive. Field names are those of the settings.
+
+    rms_norm, rope, swiglu, nf4: of the fused layers, which are handed this value. cross_entropy: of the head. `torch`
+    stands for bitsandbytes' own kernel in nf4. rope=torch keeps a backend that rotates by itself from doing so.
+    """
+
+    rms_norm: Implementation = "auto"
+    rope: Implementation = "auto"
+    swiglu: Implementation = "auto"
+    nf4: Implementation = "auto"
+    cross_entropy: Implementation = "auto"
+
+
+AUTO = Operations()
+
+# Those that stock layers leave to Hugging Face, PEFT and bitsandbytes.
+_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4")
+
+
+def choose_operations(requested: Operations, device: torch.device, *, fused: bool) -> Operations:
+    """The operations with every `auto` replaced: Triton where it runs on the device, PyTorch elsewhere.
+
+    Stock layers run none of these kernels, so their part is `torch`. Raises ValueError where `triton` is asked for and
+    cannot run, with the remedy.
+    """
+    reason = why_not_triton(device)
+    chosen = {}
+    for name, implementation in asdict(requested).items():
+        in_stock_code = not fused and name in _OF_FUSED_LAYERS
+        if implementation == "triton" and (reason or in_stock_code):
+            because = reason or "kernels.layer=stock runs Hugging Face's own code"
+            raise ValueError(f"kernels.{name}=triton: {because}; use kernels.{name}=auto")
+        if implementation == "auto":
+            implementation = "torch" if reason or in_stock_code else "triton"
+        chosen[name] = implementation
+    return Operations(**chosen)

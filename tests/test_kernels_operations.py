@@ -1,0 +1,195 @@
+"""The switches of single kernels: what each becomes, what is refused, and that only what was chosen runs.
+
+Whose kernel runs is shown in Triton's interpreter, as test_kernels_interpreted.py runs everything: in a second process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+import torch
+import yaml
+from small_job import read_metrics, small_config
+from test_fused_layer import make_model
+from test_kernels_patch import packed
+from tiny_run import save_base
+
+from packloop.config import KernelsConfig, load_config
+from packloop.engine import checkpoint
+from packloop.engine.loop import train
+from packloop.errors import ConfigError
+from packloop.kernels import document_kernels, linear_cross_entropy, nf4, reference, rms_norm, rope, swiglu
+from packloop.kernels.attention import load_backend
+from packloop.kernels.operations import AUTO, Operations, choose_operations
+from packloop.kernels.patch import packed_loss_sum, patched
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NAMES = [field.name for field in dataclasses.fields(Operations)]
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_the_interpreter starts")
+ordinary = pytest.mark.skipif(INTERPRETING, reason="of an ordinary process")
+
+
+@ordinary
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install triton")
+def test_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-rs"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout
+
+
+def all_of(implementation: str, **others: str) -> Operations:
+    return Operations(**{**dict.fromkeys(NAMES, implementation), **others})
+
+
+@ordinary
+def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(monkeypatch):
+    monkeypatch.setattr(reference, "_HAS_TRITON", True)
+    assert choose_operations(AUTO, CPU, fused=True) == all_of("torch")
+    assert choose_operations(AUTO, CUDA, fused=True) == all_of("triton")
+    assert choose_operations(AUTO, CUDA, fused=False) == all_of("torch", cross_entropy="triton")
+    for name in NAMES:
+        single = choose_operations(Operations(**{name: "torch"}), CUDA, fused=True)
+        assert single == all_of("triton", **{name: "torch"})
+    monkeypatch.setattr(reference, "_HAS_TRITON", False)
+    assert choose_operations(AUTO, CUDA, fused=True) == all_of("torch")
+
+
+@ordinary
+@pytest.mark.parametrize("name", NAMES)
+def test_a_triton_that_cannot_run_is_refused(name: str, monkeypatch):
+    asked = Operations(**{name: "triton"})
+    with pytest.raises(
+        ValueError, match=f"kernels.{name}=triton: needs a CUDA GPU, the device is cpu; use kernels.{name}=auto"
+    ):
+        choose_operations(asked, CPU, fused=True)
+    monkeypatch.setattr(reference, "_HAS_TRITON", True)
+    assert getattr(choose_operations(asked, CUDA, fused=True), name) == "triton"
+    if name != "cross_entropy":
+        with pytest.raises(ValueError, match=r"kernels\.layer=stock runs Hugging Face's own code"):
+            choose_operations(asked, CUDA, fused=False)
+    monkeypatch.setattr(reference, "_HAS_TRITON", False)
+    with pytest.raises(ValueError, match="pip install triton"):
+        choose_operations(asked, CUDA, fused=True)
+
+
+@ordinary
+def test_a_function_that_is_asked_for_triton_never_takes_torch_instead():
+    with pytest.raises(ValueError, match="Triton kernel needs a CUDA GPU"):
+        swiglu.swiglu_forward(torch.ones(2, 8), torch.ones(2, 8), by="triton")
+
+
+def test_every_operation_is_a_setting_of_the_same_name_and_values():
+    for name in NAMES:
+        field = KernelsConfig.model_fields[name]
+        assert get_args(field.annotation) == get_args(reference.Implementation)
+        assert field.default == getattr(AUTO, name) == "auto"
+
+
+@ordinary
+def test_a_run_writes_what_auto_chose_and_refuses_what_cannot_run(small_base, small_rows, tmp_path):
+    config = small_config(small_base, small_rows, tmp_path / "run", train={"max_steps": 1})
+    train(config)
+    resolved = load_config(tmp_path / "run/config.resolved.yaml").kernels
+    assert {getattr(resolved, name) for name in NAMES} == {"torch"}
+    asked = small_config(small_base, small_rows, tmp_path / "other", kernels={"nf4": "triton"})
+    with pytest.raises(ConfigError, match=r"kernels\.nf4=triton: needs a CUDA GPU") as caught:
+        train(asked)
+    assert "\n" not in str(caught.value)
+
+
+@ordinary
+def test_a_checkpoint_from_before_the_settings_resumes_exactly(small_base, small_rows, tmp_path):
+    config = small_config(
+        small_base, small_rows, tmp_path / "whole", train={"max_steps": 4}, checkpoint={"every": 2, "keep": 9}
+    )
+    train(config)
+    shutil.copytree(tmp_path / "whole", tmp_path / "old")
+    shutil.rmtree(tmp_path / "old/checkpoints/step-000004")
+    saved = tmp_path / "old/checkpoints/step-000002"
+    values = yaml.safe_load((saved / "config.resolved.yaml").read_text())
+    values["kernels"] = {key: value for key, value in values["kernels"].items() if key not in NAMES}
+    (saved / "config.resolved.yaml").write_text(yaml.safe_dump(values))
+    (saved / "manifest.json").unlink()
+    checkpoint._seal(saved)
+    elsewhere = config.train.model_copy(update={"output_dir": str(tmp_path / "old")})
+    train(config.model_copy(update={"train": elsewhere}), resume="latest")
+    assert read_metrics(tmp_path / "old") == read_metrics(tmp_path / "whole")
+
+
+class Forbidden:
+    """In a kernel's place: whoever launches it is found out."""
+
+    def __getitem__(self, grid):
+        raise AssertionError("launched")
+
+
+KERNELS = {
+    "rms_norm": (rms_norm, ["_rms_norm_forward_kernel", "_rms_norm_backward_kernel"]),
+    "rope": (rope, ["_rope_kernel"]),
+    "swiglu": (swiglu, ["_swiglu_forward_kernel", "_swiglu_backward_kernel"]),
+    "nf4": (nf4, ["_nf4_dequantize_kernel"]),
+    "cross_entropy": (linear_cross_entropy, ["_cross_entropy_kernel"]),
+}
+
+
+def loss_and_gradient(model, flat, *, operations: Operations = AUTO, attention: str = "sdpa"):
+    flat.zero_gradient()
+    with patched(model, attention=attention, fused=True, operations=operations) as llama:
+        loss = packed_loss_sum(llama, *packed((5, 8)))
+        loss.backward()
+    return loss.item(), flat.gradient.clone()
+
+
+@pytest.fixture(scope="module")
+def with_kernels(tmp_path_factory):
+    """(model, flat parameters, loss, gradient) of a fused NF4 model of one layer, all of it by Triton's kernels."""
+    # bitsandbytes' CPU code dequantises rows that end within a block of 64 to other values than its GPU code.
+    base = save_base(tmp_path_factory.mktemp("base"), num_hidden_layers=1, intermediate_size=128)
+    model, flat = make_model(base, quantization="nf4", targets="all-linear")
+    return model, flat, *loss_and_gradient(model, flat, operations=all_of("triton"))
+
+
+@interpreted
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_keeps_one_kernel_from_running_and_gives_its_results(name: str, with_kernels, monkeypatch):
+    model, flat, expected_loss, expected = with_kernels
+    module, kernels = KERNELS[name]
+    for kernel in kernels:
+        monkeypatch.setattr(module, kernel, Forbidden())
+    with pytest.raises(AssertionError, match="launched"):
+        loss_and_gradient(model, flat)
+    operations = all_of("triton", **{name: "torch"})
+    loss, gradient = loss_and_gradient(model, flat, operations=operations)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert (gradient - expected).norm() <= 2e-6 * expected.norm()
+
+
+@interpreted
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
+def test_attention_that_rotates_does_not_where_rope_is_torchs(implementation: str, with_kernels, monkeypatch):
+    model, flat, expected_loss, expected = with_kernels
+    assert load_backend("document").rotates
+    # The backend's own rotation starts with this kernel; RoPE's by itself is never its.
+    monkeypatch.setattr(rope, "_rope_kernel", Forbidden())
+    if implementation == "torch":
+        monkeypatch.setattr(document_kernels, "document_attention_turn_kernel", Forbidden())
+    operations = all_of("triton", rope=implementation)
+    loss, gradient = loss_and_gradient(model, flat, attention="document", operations=operations)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm()
