@@ -40,7 +40,7 @@ SLOTS = 4096
 def without_arithmetic(monkeypatch):
     """Host code as on a GPU, with launches that do nothing: what is allocated when does not depend on values."""
     tiles = Tiles(owned=64, streamed=32, num_warps=4, num_stages=2)
-    monkeypatch.setattr(reference, "serves", lambda tensor: False)
+    monkeypatch.setattr(reference, "serves", lambda tensor, by="auto": False)
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(
         document_attention, "_default_tiles", lambda *_: (tiles, BackwardTiles(queries=tiles, keys=tiles))
