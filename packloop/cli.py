@@ -244,6 +244,26 @@ def run(
         raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    budget: Annotated[str | None, typer.Option(help="GPU memory allowed, for example 22, 22GiB or 24GB.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A GPU's name, for example a10g; default: the one at hand.")] = None,
+    synthetic: Annotated[
+        str | None, typer.Option(metavar="SHAPE|DIR", help="A model's shape in place of CONFIG's; no download.")
+    ] = None,
+) -> None:
+    """Predict memory and speed of CONFIG on a GPU, and find the fastest settings, without training."""
+    run_config = _load(config, overrides)
+    from rich.console import Console
+
+    from packloop.bench.plan import plan as run_plan
+    from packloop.bench.plan_tables import render
+
+    Console().print(render(run_plan(run_config, gpu=gpu, budget=budget, synthetic=synthetic)))
+
+
 @bench_app.command()
 def report(
     results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Directories of `packloop bench run`.")],

@@ -227,9 +227,13 @@ class Step:
             if group.num_ranks and not has_room:
                 events.allocate(f"d_projected {group.name}", row * group.num_ranks)
 
-        def input_gradient(group: GroupShape, name: str) -> None:
+        def through(group: GroupShape, name: str, *, has_room: bool) -> None:
+            """Gradients of the projections and of the input, in one buffer where one product makes both."""
+            joins = shape.joins_backward(group)
+            if not joins:
+                output_gradient(group, has_room=has_room)
             self._weight(events, group, is_cached)
-            events.allocate(name, row * group.in_features)
+            events.allocate(name, row * (group.in_features + (group.num_ranks if joins else 0)))
             events.free(f"weight {group.name}")
 
         def a_gradient(group: GroupShape) -> None:
@@ -237,50 +241,50 @@ class Step:
                 events.allocate("partial", self._partial_bytes(group))
                 events.free("partial")
 
-        output_gradient(down, has_room=down.extends and not is_last)
-        input_gradient(down, "d_hidden")
+        through(down, "d_hidden", has_room=down.extends and not is_last)
         if down.num_ranks and not events.holds("hidden"):
             events.allocate("hidden", row * shape.intermediate)
         a_gradient(down)
         events.free("d_hidden", "hidden")
-        output_gradient(gate_up, has_room=gate_up.extends)
-        input_gradient(gate_up, "d_n2")
-        if not gate_up.extends:  # else the projections' gradients lie in its spare columns until the layer's end
-            events.free("gate_up")
+        through(gate_up, "d_n2", has_room=gate_up.extends)
+        if not gate_up.extends or shape.joins_backward(gate_up):
+            events.free("gate_up")  # else the projections' gradients lie in its spare columns until the layer's end
         self._input_of(events, gate_up, "n2")
         a_gradient(gate_up)
         events.free("n2", "rebuilt rstd")
         if o.spare:
             events.allocate("d_x2", row * (shape.hidden + o.spare))
-        output_gradient(o, has_room=o.extends)
-        input_gradient(o, "d_attended")
+        through(o, "d_attended", has_room=o.extends)
         a_gradient(o)
         events.allocate("d_qkv", row * (qkv.num_outputs + qkv.spare))
         self._attend_backward(events)
-        output_gradient(qkv, has_room=qkv.extends)
+        if is_first:
+            output_gradient(qkv, has_room=qkv.extends)
+        else:
+            through(qkv, "d_n1", has_room=qkv.extends)
         self._input_of(events, qkv, "n1")
         a_gradient(qkv)
         events.free("n1", "rebuilt rstd")
-        if not is_first:
-            input_gradient(qkv, "d_n1")
-            # The gradient that the layer before receives: d_n1 itself where no spare columns are needed.
-            if down.spare:
-                events.allocate("gradient", row * (shape.hidden + down.spare), layer=events.layer - 1)
-        else:
-            self._drop_weights(events)
+        if not is_first and down.spare:  # the layer before receives its gradient with spare columns
+            events.allocate("gradient", row * self._gradient_width, layer=events.layer - 1)
+        events.free(*(f"weight {group.name}" for group in shape.groups))
         events.free("x2", "rstd1", "rstd2", "qkv", "attended", "lse", "sdpa keys", "d_x2", "d_attended", "d_qkv")
         events.free("gate_up")
         events.free(*(f"{what} {group.name}" for what in ("projected", "d_projected") for group in shape.groups))
         events.free("d_n2")
         events.free("d_n1")
         if not is_first and not down.spare:  # d_n1 under its new owner's name
-            events.allocate("gradient", row * shape.hidden, layer=events.layer - 1)
-        width = shape.hidden + (0 if is_last else down.spare)
+            events.allocate("gradient", row * self._gradient_width, layer=events.layer - 1)
+        width = shape.hidden if is_last else self._gradient_width
         events.release("gradient", row * width, "working set", events.layer)
         events.release("x1", row * shape.hidden, "activations", events.layer)
 
-    def _drop_weights(self, events: _Events) -> None:
-        events.free(*(f"weight {group.name}" for group in self.shape.groups))
+    @property
+    def _gradient_width(self) -> int:
+        """Columns of the buffer in which a layer leaves its input's gradient."""
+        qkv, *_, down = self.shape.groups
+        joined = qkv.num_ranks if self.shape.joins_backward(qkv) else 0
+        return self.shape.hidden + (down.spare or joined)
 
     def _input_of(self, events: _Events, group: GroupShape, name: str) -> None:
         if group.num_ranks and not events.holds(name):

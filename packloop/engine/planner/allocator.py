@@ -58,11 +58,14 @@ class _Pool:
 
     def take(self, size: int) -> int:
         tail = self._by_end.get(self.mapped)
-        for found, start in self._by_size[bisect_left(self._by_size, (size, -1)) :]:
-            if start != tail:
-                self._remove(start)
-                self._put(start + size, found - size)
-                return start
+        place = bisect_left(self._by_size, (size, -1))
+        if place < len(self._by_size) and self._by_size[place][1] == tail:
+            place += 1
+        if place < len(self._by_size):
+            found, start = self._by_size[place]
+            self._remove(start)
+            self._put(start + size, found - size)
+            return start
         # Only the tail is left, or the range's end that is yet to be mapped.
         start, free = (self.mapped, 0) if tail is None else (tail, self.mapped - tail)
         if tail is not None:

@@ -94,9 +94,7 @@ class MemoryModel:
         if cached := plan.cached_layers * shape.cache_bytes:
             parts["cached dequantised weights"] = cached / GIB
         parts |= {name: size / GIB for name, size in self._parts_at_peak(plan).items()}
-        return MemoryForecast(
-            parts, memory.peak_allocated / GIB, memory.reserved / GIB, self.managed_bytes / GIB
-        )
+        return MemoryForecast(parts, memory.peak_allocated / GIB, memory.reserved / GIB, self.managed_bytes / GIB)
 
     def _parts_at_peak(self, plan: MemoryPlan) -> dict[str, int]:
         held: dict[str, int] = {}

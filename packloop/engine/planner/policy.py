@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,18 @@ def choose_plan(
     For each number of recomputed and cached layers the most inputs that fit are found by bisection, so that layers are
     bought by their milliseconds a byte without what rounding to whole layers would leave over.
     """
+    combinations = sorted(
+        _combinations(costs, num_layers, fixed),
+        key=lambda plan: (-costs.saved_ms(plan, num_layers), costs.bytes(plan, num_layers)),
+    )
     best: tuple[tuple[float, int], MemoryPlan] | None = None
-    for recomputed, cached, most in _combinations(costs, num_layers, fixed):
-        plan = _with_most_inputs(recomputed, cached, most, fixed, fits)
-        if plan is None:
-            continue
-        rank = (costs.saved_ms(plan, num_layers), -costs.bytes(plan, num_layers))
-        if best is None or rank > best[0]:
-            best = rank, plan
+    for most in combinations:
+        if best is not None and costs.saved_ms(most, num_layers) < best[0][0]:
+            break  # nor does any of the rest save more
+        plan = _with_most_inputs(most, fixed, fits)
+        if plan is not None:
+            rank = (costs.saved_ms(plan, num_layers), -costs.bytes(plan, num_layers))
+            best = max(best, (rank, plan), key=lambda found: found[0]) if best else (rank, plan)
     return None if best is None else best[1]
 
 
@@ -99,8 +103,8 @@ def fits_bytes(
     return lambda plan: costs.bytes(plan, num_layers) <= allowed
 
 
-def _combinations(costs: LayerCosts, num_layers: int, fixed: dict[str, int]) -> Iterator[tuple[int, int, int]]:
-    """(recomputed, cached, most layers that may keep inputs), without what takes memory and saves nothing."""
+def _combinations(costs: LayerCosts, num_layers: int, fixed: dict[str, int]) -> Iterator[MemoryPlan]:
+    """Each number of recomputed and cached layers with the most inputs, without what takes memory and saves nothing."""
 
     def free(field: str, price: Price, values: range, without: int) -> list[int]:
         if field in fixed:
@@ -110,16 +114,15 @@ def _combinations(costs: LayerCosts, num_layers: int, fixed: dict[str, int]) -> 
     for recomputed in free("recompute_layers", costs.recomputation, range(num_layers + 1), num_layers):
         for cached in free("cached_layers", costs.cache, range(num_layers + 1), 0):
             (*_, most) = free("keep_inputs_layers", costs.inputs, range(num_layers - recomputed + 1), 0)
-            yield recomputed, cached, most
+            yield MemoryPlan(recomputed, cached, most)
 
 
-def _with_most_inputs(
-    recomputed: int, cached: int, most: int, fixed: dict[str, int], fits: Callable[[MemoryPlan], bool]
-) -> MemoryPlan | None:
-    low, high = (most if "keep_inputs_layers" in fixed else 0), most
-    if not fits(MemoryPlan(recomputed, cached, low)):
+def _with_most_inputs(most: MemoryPlan, fixed: dict[str, int], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan | None:
+    high = most.keep_inputs_layers
+    low = high if "keep_inputs_layers" in fixed else 0
+    if not fits(replace(most, keep_inputs_layers=low)):
         return None
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(MemoryPlan(recomputed, cached, middle)) else (low, middle - 1)
-    return MemoryPlan(recomputed, cached, low)
+        low, high = (middle, high) if fits(replace(most, keep_inputs_layers=middle)) else (low, middle - 1)
+    return replace(most, keep_inputs_layers=low)
