@@ -29,7 +29,7 @@ ARCHITECTURE = LlamaConfig(
     intermediate_size=704,
     num_hidden_layers=4,
     num_attention_heads=4,
-    num_key_value_heads=4,
+    num_key_value_heads=2,
     rms_norm_eps=1e-5,
     tie_word_embeddings=False,
 )

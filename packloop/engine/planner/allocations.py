@@ -227,13 +227,9 @@ class Step:
             if group.num_ranks and not has_room:
                 events.allocate(f"d_projected {group.name}", row * group.num_ranks)
 
-        def through(group: GroupShape, name: str, *, has_room: bool) -> None:
-            """Gradients of the projections and of the input, in one buffer where one product makes both."""
-            joins = shape.joins_backward(group)
-            if not joins:
-                output_gradient(group, has_room=has_room)
+        def input_gradient(group: GroupShape, name: str) -> None:
             self._weight(events, group, is_cached)
-            events.allocate(name, row * (group.in_features + (group.num_ranks if joins else 0)))
+            events.allocate(name, row * group.in_features)
             events.free(f"weight {group.name}")
 
         def a_gradient(group: GroupShape) -> None:
@@ -241,30 +237,32 @@ class Step:
                 events.allocate("partial", self._partial_bytes(group))
                 events.free("partial")
 
-        through(down, "d_hidden", has_room=down.extends and not is_last)
+        output_gradient(down, has_room=down.extends and not is_last)
+        input_gradient(down, "d_hidden")
         if down.num_ranks and not events.holds("hidden"):
             events.allocate("hidden", row * shape.intermediate)
         a_gradient(down)
         events.free("d_hidden", "hidden")
-        through(gate_up, "d_n2", has_room=gate_up.extends)
-        if not gate_up.extends or shape.joins_backward(gate_up):
+        output_gradient(gate_up, has_room=gate_up.extends)
+        input_gradient(gate_up, "d_n2")
+        if not gate_up.extends:
             events.free("gate_up")  # else the projections' gradients lie in its spare columns until the layer's end
         self._input_of(events, gate_up, "n2")
         a_gradient(gate_up)
         events.free("n2", "rebuilt rstd")
         if o.spare:
             events.allocate("d_x2", row * (shape.hidden + o.spare))
-        through(o, "d_attended", has_room=o.extends)
+        output_gradient(o, has_room=o.extends)
+        input_gradient(o, "d_attended")
         a_gradient(o)
         events.allocate("d_qkv", row * (qkv.num_outputs + qkv.spare))
         self._attend_backward(events)
-        if is_first:
-            output_gradient(qkv, has_room=qkv.extends)
-        else:
-            through(qkv, "d_n1", has_room=qkv.extends)
+        output_gradient(qkv, has_room=qkv.extends)
         self._input_of(events, qkv, "n1")
         a_gradient(qkv)
         events.free("n1", "rebuilt rstd")
+        if not is_first:
+            input_gradient(qkv, "d_n1")
         if not is_first and down.spare:  # the layer before receives its gradient with spare columns
             events.allocate("gradient", row * self._gradient_width, layer=events.layer - 1)
         events.free(*(f"weight {group.name}" for group in shape.groups))
@@ -282,9 +280,7 @@ class Step:
     @property
     def _gradient_width(self) -> int:
         """Columns of the buffer in which a layer leaves its input's gradient."""
-        qkv, *_, down = self.shape.groups
-        joined = qkv.num_ranks if self.shape.joins_backward(qkv) else 0
-        return self.shape.hidden + (down.spare or joined)
+        return self.shape.hidden + self.shape.group("down").spare
 
     def _input_of(self, events: _Events, group: GroupShape, name: str) -> None:
         if group.num_ranks and not events.holds(name):

@@ -123,10 +123,6 @@ class ModelShape:
     def group(self, name: str) -> GroupShape:
         return next(group for group in self.groups if group.name == name)
 
-    def joins_backward(self, group: GroupShape) -> bool:
-        """Whether one product makes the gradients of the group's input and of its projections."""
-        return not self.dropout and group.extends and group.num_outputs > 2 * group.in_features
-
     @property
     def attended(self) -> int:
         """Features of the attention's output."""

@@ -155,16 +155,11 @@ class TimeModel:
         for group in shape.groups:
             if keeps != "input" or group.name == "down":  # else dequantised for the forward that ran again
                 self._dequantise(work, group, is_cached)
-            joins = shape.joins_backward(group)
-            rides = group.extends and not shape.dropout and not joins
-            self._product(
-                work,
-                group.num_outputs + (group.num_ranks if rides else 0),
-                group.in_features + (group.num_ranks if joins else 0),
-            )
+            rides = group.extends and not shape.dropout
+            self._product(work, group.num_outputs + (group.num_ranks if rides else 0), group.in_features)
             if not group.num_ranks:
                 continue
-            self._members(work, group, passes=1 if joins else 2)  # the gradients of B, and of the projections
+            self._members(work, group, passes=2)  # the gradients of B, and of the projections
             if not rides:
                 self._add_product(work, group)
             self._adapter_gradient(work, group)
