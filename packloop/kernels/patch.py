@@ -309,9 +309,10 @@ def rope_tables(llama_model: LlamaModel, position_ids_BL: Tensor) -> tuple[Tenso
 
 def apply_rope(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
     """Rotates the two halves of each head by its position's angle, computed in the tables' dtype, rounded once."""
-    x1, x2 = x_BHLD.to(cos_BLD.dtype).chunk(2, dim=-1)
-    rotated = torch.cat((-x2, x1), dim=-1)
-    return (x_BHLD * cos_BLD[:, None] + rotated * sin_BLD[:, None]).to(x_BHLD.dtype)
+    x1, x2 = x_BHLD.chunk(2, dim=-1)
+    cos, sin = (table[:, None, :, : x1.shape[-1]] for table in (cos_BLD, sin_BLD))  # the other half is the same
+    turned = torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)
+    return torch.cat(turned, dim=-1).to(x_BHLD.dtype)
 
 
 def _check_signature(module: nn.Module) -> None:
