@@ -8,6 +8,7 @@ followed by the floor of that same step (packloop/bench/floor.py), in the same p
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ class Packloop:
         row = {**measure.figures(laps, arguments.warmup), **(steps.memory_figures(paged_bytes) or {})}
         if floor is not None:
             row |= floor_figures(laps, floors_ms, floor, arguments.warmup)
-        return {**row, "chosen": options, "config": shown_config(job.config)}
+        chosen = {**options, "operations": dataclasses.asdict(options["operations"])}
+        return {**row, "chosen": chosen, "config": shown_config(job.config)}
 
 
 def shown_config(config: RunConfig) -> dict[str, Any]:
