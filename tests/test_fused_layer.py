@@ -192,3 +192,21 @@ def test_adapters_on_one_input_have_their_gradients_in_one_piece(small_base):
     assert all((gradient == 3.0).all() for gradient in gradients)
     assert _stacked_rows([gradients[0], gradients[2]]) is None
     assert _stacked_rows([torch.zeros(2, 4), torch.zeros(2, 4)]) is None
+
+
+def test_the_first_layer_makes_no_gradient_for_its_frozen_input(small_base):
+    model, flat = make_model(small_base, quantization="nf4", targets="all-linear")
+    calls: list[tuple[int, bool]] = []
+    with patched(model, attention="sdpa", fused=True) as llama:
+        for layer in llama.model.forward.run_layers.layers:
+            weights = layer.weights["qkv"]
+
+            def counted(*, for_backward: bool = False, index=layer.index, weights=weights):
+                calls.append((index, for_backward))
+                return weights(for_backward=for_backward)
+
+            counted.extends = weights.extends
+            layer.weights["qkv"] = counted
+        packed_loss_sum(llama, *micro_batch()).backward()
+    assert calls == [(0, False), (1, False), (1, True)]
+    assert flat.gradient.abs().max() > 0
