@@ -2,10 +2,13 @@
 
     python benchmarks/check_plan.py --output check.json [--data FILE --tokenizer DIR]
     python benchmarks/check_plan.py --calibrate --output calibration.json [--data FILE --tokenizer DIR]
+    python benchmarks/check_plan.py --compare check.json [--output benchmarks/results/plan-h200]
 
 Models have random weights and are made in memory, once a shape; each configuration takes two steps to warm up and
 three that count. --calibrate measures what the predictions rest on: each kind of work by itself, and a few whole steps
-with their GPU time by kernel. Every result is printed and written as soon as it is there. `--shape tiny` goes through
+with their GPU time by kernel. --compare needs no GPU: it predicts what a file of measurements holds and fails where a
+prediction is off by more than 5 % of reserved memory or 10 % of tokens a second; what calibrated it is no test of it.
+Every result is printed and written as soon as it is there. `--shape tiny` goes through
 the same motions on a CPU.
 """
 
@@ -26,8 +29,9 @@ import plan_cases  # noqa: E402
 import torch  # noqa: E402
 from plan_cases import Case  # noqa: E402
 
-from packloop.bench import calibration  # noqa: E402
+from packloop.bench import calibration, plan_check  # noqa: E402
 from packloop.bench.kernel_classes import likely_class  # noqa: E402
+from packloop.bench.plan_check import check_recorded  # noqa: E402
 from packloop.bench.probe import Probe, probe  # noqa: E402
 from packloop.bench.steps import synchronize  # noqa: E402
 from packloop.bench.synthetic import random_model, shape_config  # noqa: E402
@@ -37,6 +41,7 @@ from packloop.engine.environment import describe_environment  # noqa: E402
 from packloop.engine.loop import set_numerics  # noqa: E402
 from packloop.engine.model import load_tokenizer  # noqa: E402
 from packloop.errors import InputError, OutOfMemoryError  # noqa: E402
+from packloop.gpus import require_gpu  # noqa: E402
 
 # Kernels and products of a profiled step that are listed, the longest first.
 _LISTED = 80
@@ -93,6 +98,8 @@ class Bench:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.compare is not None:
+        sys.exit(compare(arguments.compare, arguments.output))
     set_numerics(RunConfig())
     bench = Bench(arguments)
     chosen = plan_cases.CALIBRATION if arguments.calibrate else plan_cases.HELD_OUT
@@ -108,13 +115,34 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write; with --compare, without its suffix")
+    parser.add_argument("--compare", type=Path, help="predict what this file's configurations were measured at")
     parser.add_argument("--calibrate", action="store_true", help="measure what predictions rest on")
     parser.add_argument("--data", help="JSON rows with the fields instruction and output; default: the bundled sample")
     parser.add_argument("--tokenizer", default="bundled", help="directory; default: the bundled model's")
     parser.add_argument("--shape", choices=("tiny",), help="dry run on a CPU")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.output is None and arguments.compare is None:
+        parser.error("--output is needed, but for --compare")
+    return arguments
+
+
+def compare(measured: Path, output: Path | None) -> int:
+    """Prints predicted and measured figures of a recorded file; 1 where one is out of bounds."""
+    result = json.loads(measured.read_text(encoding="utf-8"))
+    name = result["environment"]["gpus"][0]["name"]
+    gpu = require_gpu(name)
+    rows = [row for row in result["cases"] if "figures" in row and row["case"]["layer"] == "fused"]
+    checks = [check_recorded(row, Case(**row["case"]).config({"source": "bundled"}), gpu) for row in rows]
+    failed = [f"- {row['name']}: {row['failed']}" for row in result["cases"] if "failed" in row]
+    text = "\n".join([plan_check.table(checks), *failed])
+    print(text)
+    if output is not None:
+        conditions = {"gpu": name, "environment": result["environment"], "checks": [one.values() for one in checks]}
+        output.with_suffix(".json").write_text(json.dumps(conditions, indent=1) + "\n", encoding="utf-8")
+        output.with_suffix(".md").write_text(f"# Predicted and measured, {name}\n\n{text}\n", encoding="utf-8")
+    return int(not all(one.holds for one in checks))
 
 
 def row_of(bench: Bench, case: Case) -> dict[str, Any]:

@@ -253,15 +253,21 @@ def plan(
     synthetic: Annotated[
         str | None, typer.Option(metavar="SHAPE|DIR", help="A model's shape in place of CONFIG's; no download.")
     ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Check with two real steps on the GPU at hand.")] = False,
 ) -> None:
     """Predict memory and speed of CONFIG on a GPU, and find the fastest settings, without training."""
     run_config = _load(config, overrides)
     from rich.console import Console
 
     from packloop.bench.plan import plan as run_plan
-    from packloop.bench.plan_tables import render
+    from packloop.bench.plan_tables import render, render_check
 
-    Console().print(render(run_plan(run_config, gpu=gpu, budget=budget, synthetic=synthetic)))
+    forecast = run_plan(run_config, gpu=gpu, budget=budget, synthetic=synthetic, at_hand=probe)
+    Console().print(render(forecast))
+    if probe:
+        from packloop.bench.plan_check import check_at_hand
+
+        Console().print(render_check(check_at_hand(forecast, synthetic=synthetic)))
 
 
 @bench_app.command()

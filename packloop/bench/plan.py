@@ -47,13 +47,18 @@ class Forecast:
     notes: list[str]
 
 
-def plan(config: RunConfig, *, gpu: str | None, budget: str | None, synthetic: str | None) -> Forecast:
+def plan(
+    config: RunConfig, *, gpu: str | None, budget: str | None, synthetic: str | None, at_hand: bool = False
+) -> Forecast:
     """Reads the model's configuration and the data, no weights. gpu: a name, default the one at hand.
 
-    synthetic: a shape of `bench.synthetic`, with the bundled tokenizer and rows: nothing is downloaded. InputError for
-    what cannot be predicted, OutOfMemoryError with a table where not even one pack fits the budget.
+    at_hand: whether it must be the one at hand. synthetic: a shape of `bench.synthetic`, with the bundled tokenizer and
+    rows: nothing is downloaded. InputError for what cannot be predicted, OutOfMemoryError with a table where not even
+    one pack fits the budget.
     """
     chosen = require_gpu(gpu) if gpu else gpu_at_hand()
+    if at_hand and gpu and chosen != gpu_at_hand():
+        raise InputError(f"--probe takes steps on the GPU at hand, {gpu_at_hand().key}: leave --gpu {gpu} out")
     budget_gib = parse_budget(budget) if budget else config.train.memory_budget_gib
     budget_gib = budget_gib or chosen.memory_gib - MARGIN_GIB
     if budget_gib > chosen.memory_gib:

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packloop.bench.plan import Forecast
+from packloop.bench.plan_check import Check
 from packloop.engine.planner.search import Candidate
 from packloop.gpus import Gpu
 
@@ -25,6 +26,20 @@ def render(forecast: Forecast) -> Group:
         _runners_up(forecast),
         Text("\n".join(f"- {note}" for note in [*forecast.notes, _basis(forecast.gpu)])),
     )
+
+
+def render_check(check: Check) -> Table:
+    """Predicted, measured and error of two real steps."""
+    table = Table("", "predicted", "measured", "error", title=check.name, title_justify="left")
+    pairs = {
+        "allocated GiB": check.allocated_gib,
+        "reserved GiB": check.reserved_gib,
+        "step ms": check.step_ms,
+        "real tokens/s": check.tokens_per_s,
+    }
+    for name, (predicted, measured) in pairs.items():
+        table.add_row(name, f"{predicted:,.2f}", f"{measured:,.2f}", f"{predicted / measured - 1:+.1%}")
+    return table
 
 
 def _head(forecast: Forecast) -> str:

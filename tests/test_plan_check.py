@@ -1,0 +1,101 @@
+"""Predictions beside measurements, recorded ones and those of a probe."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from packloop.bench.plan import load_from, plan
+from packloop.bench.plan_check import Check, check_probe, settle
+from packloop.bench.probe import probe
+from packloop.bench.synthetic import random_model, shape_config
+from packloop.config import ModelConfig, load_config
+from packloop.data.loader import build_data
+from packloop.engine.model import load_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CASE = {
+    "shape": "llama2-7b", "targets": "qv", "dropout": 0.1, "batch": 8, "recompute": "none", "cache": "all",
+    "keep_inputs": "none", "length": 2048, "packing": "bfd", "attention": "document", "accumulation": 2,
+    "layer": "fused", "budget_gib": None,
+}  # fmt: skip
+
+
+def recorded(tmp_path: Path, *, reserved_gib: float, tokens_per_s: float) -> Path:
+    """A file as `check_plan.py` writes it, with one configuration that an H200 took 62.95 GiB and 1,484 ms for."""
+    row = {
+        "name": "one",
+        "case": CASE,
+        "resolved": {
+            "attention": "document", "layer": "fused", "dequant_cache": "all", "keep_inputs": "none",
+            "recompute": "none",
+        },
+        "figures": {
+            "real_tokens_per_step": 32633, "step_ms": {"median": 1484},
+            "real_tokens_per_s": {"median": tokens_per_s},
+        },
+        "memory": {"peak_allocated_gib": 62.82, "peak_reserved_gib": reserved_gib, "managed_gib": 0.25},
+        "documents": [[330] * 49 + [214]] * 2,
+        "labels": [16250, 16300],
+    }  # fmt: skip
+    path = tmp_path / "check.json"
+    failed = {"name": "two", "case": CASE, "failed": "OutOfMemoryError: it did not fit"}
+    gpu = {"gpus": [{"name": "NVIDIA H200"}]}
+    path.write_text(json.dumps({"environment": gpu, "kinds": [], "cases": [row, failed]}))
+    return path
+
+
+def compare(path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "benchmarks/check_plan.py", "--compare", str(path), *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_recorded_measurements_within_the_bounds_pass_and_are_written(tmp_path):
+    done = compare(recorded(tmp_path, reserved_gib=62.95, tokens_per_s=22_000), "--output", str(tmp_path / "plan"))
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 within 5% of memory and 10% of speed" in done.stdout
+    assert "two: OutOfMemoryError: it did not fit" in done.stdout
+    (check,) = json.loads((tmp_path / "plan.json").read_text())["checks"]
+    assert check["reserved_gib"]["measured"] == 62.95
+    assert check["holds"]
+    assert "62.95" in (tmp_path / "plan.md").read_text()
+
+
+@pytest.mark.parametrize(("reserved_gib", "tokens_per_s"), [(68.0, 22_000), (62.95, 26_000)])
+def test_a_prediction_out_of_bounds_fails(tmp_path, reserved_gib, tokens_per_s):
+    done = compare(recorded(tmp_path, reserved_gib=reserved_gib, tokens_per_s=tokens_per_s))
+    assert done.returncode == 1
+    assert "0 of 1 within" in done.stdout
+
+
+def test_errors_are_of_the_prediction():
+    check = Check("one", (10.0, 12.5), (110.0, 100.0), (1.0, 1.0), (1.0, 1.0))
+    assert check.memory_error == pytest.approx(-0.2)
+    assert check.speed_error == pytest.approx(0.1)
+    assert not check.holds
+
+
+def test_a_probe_is_predicted_on_its_own_micro_batches():
+    config = load_config(REPOSITORY / "recipes/llama2-7b-dolly.yaml", ["data.max_length=256", "data.packing=bfd"])
+    forecast = plan(config, gpu="h200", budget="22", synthetic="tiny")
+    config = settle(forecast.config, replace(forecast.best[0], attention="sdpa"), forecast.budget_gib)
+    assert config.train.memory_budget_gib == 22
+    tokenizer = load_tokenizer(ModelConfig(name_or_path="bundled"))
+    base = random_model(shape_config("tiny"), quantization="nf4", device=torch.device("cpu"))
+    data = build_data(config.data, tokenizer, seed=0)
+    measured = probe(config, base, data, tokenizer.pad_token_id, warmup_steps=0, timed_steps=2)
+    assert len(measured.micros) == 2 * config.train.gradient_accumulation_steps
+    load = load_from(measured.micros)
+    tokens = measured.figures["real_tokens_per_step"]
+    assert load.real_tokens * config.train.gradient_accumulation_steps == pytest.approx(tokens)
+    # A CPU has no such memory: the figures are put in for the comparison alone.
+    on_gpu = replace(measured, memory={"peak_reserved_gib": 1.0, "peak_allocated_gib": 1.0})
+    check = check_probe(on_gpu, forecast.shape, forecast.gpu)
+    assert check.step_ms[1] == measured.step_ms
+    assert check.tokens_per_s[0] == pytest.approx(tokens / check.step_ms[0] * 1e3)
