@@ -28,6 +28,7 @@ _GIB = 2**30
 _UNITS = {"": _GIB, "gib": _GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 # Packs that averages are taken over.
 _MAX_PACKS = 512
+_SWITCHES = ("rms_norm", "rope", "swiglu", "nf4", "cross_entropy")
 _SETTINGS = ("recompute_layers", "cached_layers", "keep_inputs_layers")
 
 
@@ -68,6 +69,8 @@ def plan(
     if config.kernels.layer == "stock":
         raise InputError("kernels.layer=stock: predictions are for the fused layers; use kernels.layer=auto or fused")
     config, architecture, notes = _sources(config, synthetic)
+    if switched := [name for name in _SWITCHES if getattr(config.kernels, name) == "torch"]:
+        notes.append(f"kernels.{', '.join(switched)}=torch: predicted as if triton, which is faster and takes less")
     shape = ModelShape.of_run(architecture, config)
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
     data = build_data(config.data, tokenizer, seed=config.train.seed)
