@@ -42,6 +42,8 @@ from packloop.errors import InputError, OutOfMemoryError
 
 OUT_OF_MEMORY = 3
 OTHER_CONDITIONS = 4
+# Windows whose floor is timed; the median of these is as good as that of all.
+MOST_FLOORS = 5
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
 
     def after_steps(step, window) -> None:
         states.append(gpu_state())
-        if plan.profile:
+        if cell.profile:
             profiles.append(profile_step(step, window))
 
     taken = probe(
@@ -117,7 +119,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
     dtype = getattr(torch, config.model.dtype)
     num_slots = max(micro.num_slots for micro in taken.micros)
     ceilings = measure_ceilings(subject.architecture, num_slots, dtype, subject.device)
-    floor = _floor(taken, subject) if plan.floor else None
+    floor = _floor(taken, subject) if cell.floor else None
     conditions = describe_conditions(states[0], states[1], commit=plan.commit)
     passed = gate is None or gate.passed
     return Cell(
@@ -257,7 +259,7 @@ def _floor(taken: Probe, subject: Subject) -> FloorRecord | None:
     num_labels = round(sum(micro.num_label_tokens for micro in taken.micros) / len(taken.micros))
     floor = Floor(subject.architecture, num_slots=first.num_slots, num_labels=num_labels, device=device)
     layouts = [to_device(micro, device)[2] for micro in taken.micros]
-    windows = [layouts[start : start + num_micros] for start in range(0, len(layouts), num_micros)]
+    windows = [layouts[start : start + num_micros] for start in range(0, len(layouts), num_micros)][:MOST_FLOORS]
     times_ms = sorted(floor.step_ms(window) for window in windows)
     ms = times_ms[len(times_ms) // 2]
     layers = subject.architecture.num_hidden_layers

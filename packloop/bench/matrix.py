@@ -29,8 +29,8 @@ from packloop.config import RunConfig, load_config, parse_config, parse_yaml, re
 from packloop.config_faults import shown
 from packloop.errors import ConfigError, InputError
 
-# Keys of a cell that are no settings of a run: on which weights, and with whose tokens, it is measured.
-SUBJECT_KEYS = ("synthetic", "tokenizer")
+# Keys of a cell that are no settings of a run, each with its type: on which weights, with whose tokens, and what else.
+CELL_KEYS = {"synthetic": str, "tokenizer": str, "floor": bool, "profile": bool}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}")
 
 
@@ -55,7 +55,7 @@ class _MatrixFile(BaseModel):
 
 
 class MatrixCell(BaseModel):
-    """One cell. settings: as the matrix gives them, by dotted key; synthetic None: the weights of the model itself."""
+    """One cell. settings: what differs, by dotted key; synthetic None: the weights of the model itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,6 +64,8 @@ class MatrixCell(BaseModel):
     config: RunConfig
     synthetic: str | None
     tokenizer: str | None
+    floor: bool
+    profile: bool
 
 
 class Matrix(BaseModel):
@@ -76,8 +78,6 @@ class Matrix(BaseModel):
     gate: float | Literal[False] | None
     warmup: int
     steps: int
-    floor: bool
-    profile: bool
 
 
 def read_matrix(
@@ -96,11 +96,12 @@ def read_matrix(
     given = {"synthetic": synthetic, "tokenizer": tokenizer, "steps": steps, "warmup": warmup}
     values = read_yaml(path, "matrix", "docs/benchmarks.md describes one")
     file = _parse(path, values if isinstance(values, dict) else {}, given)
-    shared = file.set | dict(_override(text) for text in overrides)
+    replaced = dict(_override(text) for text in overrides)
+    shared = file.set | replaced
     cells = _named_cells(path, file)
     if not cells:
         raise ConfigError(f"{path}: the matrix is empty; give cells (name: settings) or axes (setting: values)")
-    _refuse_hidden(path, cells, {*shared, *(key for key in SUBJECT_KEYS if given[key] is not None)} - set(file.set))
+    _refuse_hidden(path, cells, {*replaced, *(key for key in CELL_KEYS if given.get(key) is not None)})
     base = _base(path, file.base)
     made = [_cell(path, name, settings, base, shared, file) for name, settings in cells.items()]
     if file.reference is not None and file.reference not in cells:
@@ -111,8 +112,6 @@ def read_matrix(
         gate=file.gate,
         warmup=file.warmup,
         steps=file.steps,
-        floor=file.floor,
-        profile=file.profile,
     )
 
 
@@ -206,11 +205,12 @@ def _cell(
     path: Path, name: str, settings: dict[str, Any], base: RunConfig, shared: dict[str, Any], file: _MatrixFile
 ) -> MatrixCell:
     where = f"{path}: cell {name}"
-    own = {key: settings.get(key, getattr(file, key)) for key in SUBJECT_KEYS}
-    for key, value in own.items():
-        if value is not None and not isinstance(value, str):
-            raise ConfigError(f"{where}: {key}={shown(value)}: a name or a directory is needed")
-    run_settings = shared | {key: value for key, value in settings.items() if key not in SUBJECT_KEYS}
+    own = {key: settings.get(key, getattr(file, key)) for key in CELL_KEYS}
+    for key, kind in CELL_KEYS.items():
+        if key in settings and not isinstance(settings[key], kind):
+            needed = "a name or a directory" if kind is str else "true or false"
+            raise ConfigError(f"{where}: {key}={shown(settings[key])}: {needed} is needed")
+    run_settings = shared | {key: value for key, value in settings.items() if key not in CELL_KEYS}
     values = base.model_dump(mode="json")
     if own["synthetic"] is not None:
         check_shape(own["synthetic"])
@@ -224,7 +224,8 @@ def _cell(
         raise ConfigError(_with_place(where, error)) from None
     if not config.lora.enabled:
         raise ConfigError(f"{where}: lora.enabled=false: a benchmark's steps train adapters; use lora.enabled=true")
-    return MatrixCell(name=name, settings=settings, config=config, **own)
+    shown_settings = {key: value for key, value in settings.items() if CELL_KEYS.get(key) is not bool}
+    return MatrixCell(name=name, settings=shown_settings, config=config, **own)
 
 
 def _put(values: dict[str, Any], key: str, value: Any, where: str) -> None:

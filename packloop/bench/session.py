@@ -37,6 +37,8 @@ class CellPlan(Record):
     config: dict[str, Any]
     synthetic: str | None
     tokenizer: str | None
+    floor: bool
+    profile: bool
     reference: str | None
 
 
@@ -58,8 +60,6 @@ class Plan(Record):
     gate: float | None
     warmup: int
     steps: int
-    floor: bool
-    profile: bool
     cells: list[CellPlan]
     references: dict[str, ReferencePlan]
 
@@ -93,8 +93,6 @@ def make_plan(matrix: Matrix, *, commit: str | None = None) -> Plan:
         gate=matrix.gate or None,
         warmup=matrix.warmup,
         steps=matrix.steps,
-        floor=matrix.floor,
-        profile=matrix.profile,
         cells=cells,
         references=references,
     )
@@ -198,7 +196,7 @@ def without_paths(text: str) -> str:
 
 def _difference(then: Plan, now: Plan) -> str | None:
     """The first thing in which two plans differ, in words."""
-    for name in ("warmup", "steps", "floor", "profile", "gate", "commit"):
+    for name in ("warmup", "steps", "gate", "commit"):
         if getattr(then, name) != getattr(now, name):
             return f"{name}: {getattr(then, name)} -> {getattr(now, name)}"
     old, new = ({cell.name: cell for cell in plan.cells} for plan in (then, now))
@@ -216,7 +214,7 @@ def _changed_setting(old: CellPlan, new: CellPlan) -> str:
         for key, value in settings.items():
             if before[section][key] != value:
                 return f"{section}.{key}: {before[section][key]} -> {value}"
-    return "other weights, tokens or reference"
+    return "other weights, tokens, reference or figures asked for"
 
 
 def _code_digest() -> str:
