@@ -91,7 +91,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
     config = parse_config(cell.config)
     set_numerics(config)  # before anything is on the GPU
     subject = load_subject(config, cell.synthetic, cell.tokenizer)
-    data, pad_token_id = subject.data(config), subject.tokenizer.pad_token_id
+    data = subject.data(config)
     states, profiles = [gpu_state()], []
 
     def after_steps(step, window) -> None:
@@ -103,7 +103,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
         config,
         subject.base,
         data,
-        pad_token_id,
+        subject.tokenizer.pad_token_id,
         warmup_steps=plan.warmup,
         timed_steps=plan.steps,
         after=after_steps,
@@ -113,9 +113,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
     gate = None
     if cell.reference is not None:
         reference = sessions.load_reference(directory, cell.reference)
-        same_steps = gates.gate_config(taken.config, is_random=cell.synthetic is not None)
-        run = take_gate_steps(same_steps, subject.base, data, pad_token_id)
-        gate = gates.judge(run, reference, config.model.dtype, plan.gate)
+        gate = gates.judge(_gate_run(taken.config, subject, data), reference, config.model.dtype, plan.gate)
     dtype = getattr(torch, config.model.dtype)
     num_slots = max(micro.num_slots for micro in taken.micros)
     ceilings = measure_ceilings(subject.architecture, num_slots, dtype, subject.device)
@@ -154,6 +152,7 @@ def take_gate_steps(config: RunConfig, base: LlamaForCausalLM, data: TrainingDat
     """`gates.GATE_STEPS` optimizer steps on the first window of the epoch; `base` is left as it was."""
     job = Job(config, base, data, pad_token_id)
     try:
+        _draw_adapters(job)
         options = job.resolve()
         with job.stepping(options) as step:
             window = job.next_window()
@@ -161,6 +160,33 @@ def take_gate_steps(config: RunConfig, base: LlamaForCausalLM, data: TrainingDat
     finally:
         job.close()
     return gates.GateRun([lap.loss for lap in laps], [lap.grad_norm for lap in laps])
+
+
+def _gate_run(config: RunConfig, subject: Subject, data: TrainingData) -> gates.GateRun:
+    """The gate's steps, as the timed ones were taken; every layer recomputed where those without dropout find no room.
+
+    Without dropout other kernels run, on wider buffers, which a plan for the timed steps did not count.
+    """
+    config, pad_token_id = gates.gate_config(config), subject.tokenizer.pad_token_id
+    try:
+        return take_gate_steps(config, subject.base, data, pad_token_id)
+    except torch.OutOfMemoryError:
+        smallest = {"kernels": {"dequant_cache": 0, "keep_inputs": 0}, "train": {"gradient_checkpointing": "all"}}
+        sections = {name: getattr(config, name).model_copy(update=values) for name, values in smallest.items()}
+        return take_gate_steps(config.model_copy(update=sections), subject.base, data, pad_token_id)
+
+
+def _draw_adapters(job: Job) -> None:
+    """The gate's adapters, the same on every device."""
+    b_std = gates.lora_b_std(job.config)
+    generator = torch.Generator().manual_seed(job.config.train.seed)
+    for name, parameter in job.flat.named.items():
+        drawn = torch.empty(parameter.shape)
+        if "lora_A" in name:
+            drawn.uniform_(-(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5, generator=generator)
+        else:
+            drawn.normal_(std=b_std, generator=generator)
+        parameter.data.copy_(drawn)
 
 
 def take_references(directory: Path, plan: sessions.Plan, keys: list[str]) -> None:

@@ -75,7 +75,7 @@ def make_plan(matrix: Matrix, *, commit: str | None = None) -> Plan:
         key = None
         if matrix.gate is not False:
             try:
-                config = gates.reference_config(cell.config, way, is_random=cell.synthetic is not None)
+                config = gates.reference_config(cell.config, way)
             except ConfigError as error:
                 raise ConfigError(f"cell {cell.name} held to {matrix.reference}: {error}") from None
             key = gates.reference_key(config, cell.synthetic, cell.tokenizer)

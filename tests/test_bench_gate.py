@@ -1,0 +1,120 @@
+"""The loss gate on real tiny steps: the same steps pass however they are computed, and wrong ones do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from packloop.bench import gate as gates
+from packloop.bench.cell import load_subject, take_gate_steps
+from packloop.config import parse_config
+from packloop.kernels import attention
+
+BASE = {
+    "model": {"dtype": "float32"},
+    "lora": {"r": 8, "dropout": 0.1, "target_modules": "all-linear"},
+    "data": {"source": "bundled", "max_length": 96, "packing": "bfd"},
+    "train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3},
+    "kernels": {"attention": "sdpa", "layer": "fused"},
+}
+
+
+def config(**sections):
+    return parse_config({name: values | sections.get(name, {}) for name, values in BASE.items()})
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    return {dtype: load_subject(config(model={"dtype": dtype}), "tiny", None) for dtype in ("float32", "bfloat16")}
+
+
+def steps(subjects, run):
+    subject = subjects[run.model.dtype]
+    return take_gate_steps(run, subject.base, subject.data(run), subject.tokenizer.pad_token_id)
+
+
+def held(subjects, run, cell=None):
+    """The gate of the steps that `cell` takes, `run`'s by default, held to the reference of `run`."""
+    way = gates.reference_config(run, None)
+    taken = steps(subjects, way)
+    reference = gates.Reference(name=gates.describe_way(way), losses=taken.losses, grad_norms=taken.grad_norms)
+    return gates.judge(steps(subjects, gates.gate_config(cell or run)), reference, run.model.dtype, None)
+
+
+@pytest.mark.parametrize("packing", ["wrapped", "bfd", "none"])
+def test_the_same_steps_pass_in_float32_whatever_way_they_are_taken(subjects, packing):
+    run = config(data={"packing": packing})
+    gate = held(subjects, run)
+    assert gate.reference == "stock eager, pack by pack"
+    assert gate.passed
+    assert gate.allowed == 1e-4
+    assert gate.largest_difference < 1e-5
+    assert gate.largest_gradient_difference < 1e-4
+    assert len(set(gate.losses)) == gates.GATE_STEPS, "the updates must show"
+    recomputed = config(data={"packing": packing}, train={"gradient_checkpointing": "all"}, kernels={"layer": "stock"})
+    assert held(subjects, run, recomputed).passed
+
+
+def test_the_same_steps_pass_in_bf16(subjects):
+    gate = held(subjects, config(model={"dtype": "bfloat16"}))
+    assert gate.passed
+    assert gate.largest_difference < gate.allowed / 4
+    assert gate.largest_gradient_difference < gate.allowed_gradient / 4
+
+
+WRONG_STEPS = {
+    "learning rate": {"train": {"learning_rate": 1.1e-3}},
+    "adapters of some layers only": {"lora": {"target_modules": ["q_proj", "v_proj"]}},
+    "adapters' scale": {"lora": {"alpha": 17}},
+    "labels": {"data": {"loss_on": "response"}},
+    "documents see each other": {"data": {"packing": "wrapped"}},
+    "one micro-batch of two": {"train": {"gradient_accumulation_steps": 1}},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG_STEPS.values(), ids=WRONG_STEPS)
+def test_other_steps_do_not_pass_in_float32(subjects, changes):
+    gate = held(subjects, config(), config(**changes))
+    assert not gate.passed
+    assert "its steps are not the reference's" in gates.describe_failure(gate)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mask_that_lets_documents_see_each_other_does_not_pass(dtype, monkeypatch):
+    """On trained weights: random ones of this size hardly attend to anything."""
+
+    def leaking(q, k, v, layout, scale):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    run = config(model={"name_or_path": "bundled", "dtype": dtype}, data={"max_length": 384})
+    subject = {dtype: load_subject(run, None, None)}
+    assert held(subject, run).passed
+    reference_steps = steps(subject, gates.reference_config(run, None))
+    reference = gates.Reference(name="right", losses=reference_steps.losses, grad_norms=reference_steps.grad_norms)
+    monkeypatch.setitem(attention._DIFFERENTIATED, "sdpa", leaking)
+    gate = gates.judge(steps(subject, gates.gate_config(run)), reference, dtype, None)
+    assert not gate.passed
+
+
+def test_steps_that_update_nothing_do_not_pass_in_bf16(subjects):
+    run = config(model={"dtype": "bfloat16"}, train={"learning_rate": 1e-2})
+    idle = config(model={"dtype": "bfloat16"}, train={"learning_rate": 1e-12})
+    assert held(subjects, run).passed
+    assert not held(subjects, run, idle).passed
+
+
+def test_a_tolerance_of_one_s_own_scales_both():
+    run = gates.GateRun([1.0, 0.9], [2.0, 2.1])
+    reference = gates.Reference(name="r", losses=[1.0, 0.905], grad_norms=[2.0, 2.1])
+    assert gates.judge(run, reference, "bfloat16", None).passed
+    tight = gates.judge(run, reference, "bfloat16", 1e-3)
+    assert not tight.passed
+    assert (tight.allowed, tight.allowed_gradient) == (1e-3, pytest.approx(2e-3))
+    assert tight.largest_difference == pytest.approx(5e-3)
+
+
+def test_gate_steps_leave_the_base_as_it_was(subjects):
+    first = steps(subjects, gates.gate_config(config()))
+    steps(subjects, gates.gate_config(config(train={"learning_rate": 0.1})))
+    again = steps(subjects, gates.gate_config(config()))
+    assert first == again
