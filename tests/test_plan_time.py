@@ -32,7 +32,9 @@ def model(packs: int = 4, gpu: str = "h200", shape: ModelShape | None = None, **
     return TimeModel(shape or shape_of(), load(packs, **kwargs), rates_of(require_gpu(gpu)))
 
 
-# Steps of two micro-batches of Llama-2-7B on an H200, ms: none of them may stray by a tenth.
+# Steps of two micro-batches of Llama-2-7B on an H200, ms. The rates were chosen with these in view: this holds what was
+# calibrated in place and is no test of accuracy. Left out is all-linear with dropout at one pack, which waits for the
+# host: 310 ms were measured and 13 % less is predicted.
 @pytest.mark.parametrize(
     ("targets", "dropout", "packs", "plan", "length", "attention", "measured_ms"),
     [

@@ -1,10 +1,11 @@
 """What share of a GPU's ceilings each kind of work reaches, and what that makes of a GPU in the table.
 
-Shares were measured on an H200 (`benchmarks/check_plan.py --calibrate`) in whole steps of Llama-2-7B, where its power
+Most shares come from an H200 (`benchmarks/check_plan.py --calibrate`), in whole steps of Llama-2-7B, where its power
 limit holds matrix products to about 690 TFLOP/s. For another GPU they are assumed to be the same: a projection. Only
 attention is told apart: before Hopper the same kernels reach a larger share of a lower peak (FlashAttention-2 189 of an
 A100's 312 TFLOP/s, Dao, arXiv:2307.08691, against about 250 of an H200's 989), and there PyTorch's attention is a copy
-of FlashAttention-2, not cuDNN's.
+of FlashAttention-2, not cuDNN's. Chosen rather than calibrated: that factor, the rates of `flash_attn_4` and of `cudnn`
+on long rows (from their kernels timed alone), and dequantisation in one launch (from a profile of one step).
 """
 
 from __future__ import annotations
