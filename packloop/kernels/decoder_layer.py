@@ -342,6 +342,7 @@ def _backward(
     del d_gate_up
     if layer.has_adapter("gate_up"):
         a_gradient("gate_up", normed("gate_up", kept.x2))
+    d_projected.pop("gate_up")  # it lies in the widest buffer of the layer and would keep it
     d_x2_wide, d_x2 = _gradient_buffer(d_n2, layer.spare_columns("o"))
     by = layer.operations.rms_norm
     add_rms_norm_backward(d_n2, d_out, kept.x2, layer.norm2_H, kept.rstd2, d_residual=d_x2, by=by)

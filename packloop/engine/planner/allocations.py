@@ -246,9 +246,10 @@ class Step:
         output_gradient(gate_up, has_room=gate_up.extends)
         input_gradient(gate_up, "d_n2")
         if not gate_up.extends:
-            events.free("gate_up")  # else the projections' gradients lie in its spare columns until the layer's end
+            events.free("gate_up")  # else the projections' gradients lie in its spare columns
         self._input_of(events, gate_up, "n2")
         a_gradient(gate_up)
+        events.free("gate_up", "d_projected gate_up")
         events.free("n2", "rebuilt rstd")
         if o.spare:
             events.allocate("d_x2", row * (shape.hidden + o.spare))
@@ -267,7 +268,6 @@ class Step:
             events.allocate("gradient", row * self._gradient_width, layer=events.layer - 1)
         events.free(*(f"weight {group.name}" for group in shape.groups))
         events.free("x2", "rstd1", "rstd2", "qkv", "attended", "lse", "sdpa keys", "d_x2", "d_attended", "d_qkv")
-        events.free("gate_up")
         events.free(*(f"{what} {group.name}" for what in ("projected", "d_projected") for group in shape.groups))
         events.free("d_n2")
         events.free("d_n1")
