@@ -157,7 +157,7 @@ def _plain(what: str, cls: str | None) -> Callable[..., Label]:
     return lambda *_args, **_kwargs: Label(what, cls)
 
 
-def _dequantize(group: nf4.Nf4Group, out: Tensor) -> Label:
+def _dequantize(group: nf4.Nf4Group, out: Tensor, **_options) -> Label:
     # Half a byte a weight, one byte of scale a block of 64, and what is written.
     return Label("dequantize", classes.DEQUANTISATION, round(out.numel() * (1 / 2 + 1 / 64)) + _bytes(out))
 
@@ -238,7 +238,7 @@ def _optimizer_step(optimizer: optim.AdamW, *_rest, **_options) -> Label:
     return Label("optimizer_step", classes.OPTIMIZER, 10 * _bytes(optimizer.flat.weight))
 
 
-def _zero_gradient(flat: optim.FlatParameters) -> Label:
+def _zero_gradient(flat: optim.FlatParameters, *_rest, **_options) -> Label:
     return Label("zero_gradient", classes.OPTIMIZER, _bytes(flat.gradient))
 
 
