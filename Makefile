@@ -1,4 +1,4 @@
-# make install | test | demo | mutants | test-gpu | lint | clean, each installing into .venv first where that is needed.
+# make install | test | demo | bench-smoke | mutants | test-gpu | lint | clean, each installing into .venv first where that is needed.
 # PYTHON names the interpreter that .venv is made with: make install PYTHON=python3.13
 
 PYTHON ?= python3
@@ -14,7 +14,9 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Threads that wait for others sleep: while they spin on cores that are shared, everything takes several times as long.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install test demo mutants test-gpu lint clean
+SMOKE := build/bench-smoke
+
+.PHONY: install test demo bench-smoke mutants test-gpu lint clean
 
 install: $(INSTALLED)
 
@@ -32,6 +34,14 @@ test: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
+
+# The chain of benchmark commands on the CPU with a tiny model: what it writes is no measurement of anything.
+bench-smoke: $(INSTALLED)
+	rm -rf $(SMOKE)
+	$(BIN)/packloop bench run benchmarks/smoke.yaml --output $(SMOKE)/results
+	$(BIN)/packloop bench report $(SMOKE)/results --output $(SMOKE)/report
+	$(BIN)/packloop bench compare $(SMOKE)/results $(SMOKE)/results
+	$(BIN)/packloop plan recipes/demo.yaml --gpu a10g
 
 mutants: $(INSTALLED)
 	$(BIN)/python scripts/run_mutants.py

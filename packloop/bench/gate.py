@@ -63,11 +63,12 @@ def gate_config(config: RunConfig) -> RunConfig:
 def reference_config(config: RunConfig, way: RunConfig | None) -> RunConfig:
     """What a cell of `config` is held to: its data and its learning, computed as `way` does, pack by pack.
 
-    way None: stock decoder layers with eager attention, every one recomputed.
+    way None: stock decoder layers with eager attention, every one recomputed, and the head and loss in PyTorch.
     """
     gate = gate_config(config)
     learning = {name: getattr(gate.train, name) for name in _LEARNING}
     kernels = {"attention": "eager", "layer": "stock", "dequant_cache": "none", "keep_inputs": "none"}
+    kernels["cross_entropy"] = "torch"
     train = {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": gate.train.per_device_train_batch_size * gate.train.gradient_accumulation_steps,

@@ -52,9 +52,12 @@ def run_matrix(
             f"{path.name}: {len(cells)} of {len(matrix.cells)} cells, {plan.warmup} + {plan.steps} steps each, "
             f"results in {output}"
         )
-        pending = [cell.name for cell in cells if not runner.is_done(cell.name)]
-        runner.take_references(pending)
-        results = [runner.cell(cell.name, f"[{n}/{len(cells)}]") for n, cell in enumerate(cells, start=1)]
+        try:
+            runner.take_references([cell.name for cell in cells if not runner.is_done(cell.name)])
+            results = [runner.cell(cell.name, f"[{n}/{len(cells)}]") for n, cell in enumerate(cells, start=1)]
+        except KeyboardInterrupt:
+            runner.say("stopped; the same command goes on at the cell that was being measured")
+            raise
     print(table(results), flush=True)
     return all(result.status in ("measured", "out_of_memory") for result in results)
 

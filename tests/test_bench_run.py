@@ -1,0 +1,248 @@
+"""`packloop bench run` on the CPU, every cell in a real process: results, failures, out of memory, stop and go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from packloop.bench import session as sessions
+from packloop.bench.matrix import read_matrix
+from packloop.bench.results import load_cell, load_cells
+from packloop.bench.run import run_matrix
+from packloop.cli import app
+from packloop.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "base": {
+        "model": {"dtype": "float32"},
+        "lora": {"r": 8, "dropout": 0.1},
+        "data": {"max_length": 64},
+        "train": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": "none"},
+        "kernels": {"attention": "sdpa"},
+    },
+    "synthetic": "tiny",
+    "warmup": 1,
+    "steps": 3,
+}
+
+
+def write(directory: Path, **keys) -> Path:
+    path = directory / "matrix.yaml"
+    path.write_text(yaml.safe_dump(TINY | keys, sort_keys=False))
+    return path
+
+
+def too_long() -> int:
+    """Tokens for which eager attention's scores of the tiny model, 4 heads in fp32, need twice this host's memory."""
+    return math.ceil(math.sqrt(2 * psutil.virtual_memory().total / (4 * 4)))
+
+
+def start(matrix: Path, output: Path) -> subprocess.Popen:
+    script = "from packloop.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", script, "bench", "run", str(matrix), "--output", str(output)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run without gate, stopped by SIGTERM after its first cell: (matrix, results, when its result was written)."""
+    directory = tmp_path_factory.mktemp("stopped")
+    row = {"instruction": "Write a long text.", "response": "a b c d e f g h " * too_long()}
+    (directory / "long.jsonl").write_text(json.dumps(row) + "\n")
+    long = {"data.source": str(directory / "long.jsonl"), "data.max_length": too_long(), "kernels.attention": "eager"}
+    cells = {
+        "plain": {"profile": True, "floor": True},
+        "too-long": {"kernels.layer": "stock", "train.gradient_accumulation_steps": 1, **long},
+        "wrong-target": {"lora.target_modules": ["q_prj"]},
+    }
+    matrix, output = write(directory, cells=cells, gate=False), directory / "results"
+    process = start(matrix, output)
+    wait_for(output / "cells" / "plain.json", process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1].startswith("stopped; the same command goes on")
+    psutil.wait_procs(children, timeout=10)
+    assert not [child for child in children if child.is_running()], "its cell's process went on"
+    return matrix, output, (output / "cells" / "plain.json").stat().st_mtime_ns
+
+
+def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped):
+    matrix, output, measured_at = stopped
+    assert [cell.name for cell in load_cells(output)] == ["plain"]
+    result = CliRunner().invoke(app, ["bench", "run", str(matrix), "--output", str(output)])
+    assert result.exit_code == 1  # one cell failed
+    assert (output / "cells" / "plain.json").stat().st_mtime_ns == measured_at
+    lines = result.output.splitlines()
+    assert any(line.startswith("[1/3] plain: ") and line.endswith("(from before)") for line in lines)
+    cells = {cell.name: cell for cell in load_cells(output)}
+    assert len({cell.session for cell in cells.values()}) == 1
+
+    plain = cells["plain"]
+    assert plain.status == "measured"
+    assert (plain.shape, plain.num_parameters, plain.settings) == ("tiny", 4_178_240, {})
+    assert (plain.figures.warmup_steps, plain.figures.timed_steps) == (1, 3)
+    assert plain.figures.slot_tokens_per_step == 2 * 64
+    assert plain.config["kernels"]["layer"] == "fused", "what auto chose"
+    assert plain.config["bench"] == {"synthetic": "tiny", "tokenizer": None, "warmup": 1, "steps": 3}
+    assert plain.loss_gate is None
+    assert plain.floor.fraction > 0
+    assert plain.floor.ms == pytest.approx(sum(plain.floor.parts_ms.values()), rel=0.5)
+    assert plain.profile.busy_ms <= plain.profile.step_ms
+    assert plain.ceilings.gemm_tflops > 0
+    assert plain.flops.peak_tflops == plain.ceilings.gemm_tflops
+    assert plain.conditions.device.startswith("CPU")
+
+    too_long_cell = cells["too-long"]
+    assert too_long_cell.status == "out_of_memory"
+    assert "can't allocate memory" in too_long_cell.reason
+    assert too_long_cell.settings["data.source"] == "long.jsonl", "no folders of the machine"
+    failed = cells["wrong-target"]
+    assert failed.status == "failed"
+    assert failed.reason.startswith("lora.target_modules=['q_prj'] match no layer of the model")
+    assert [line for line in lines if line.startswith("wrong-target ") and "failed: lora.target_modules" in line]
+
+    # Once more: what failed is tried again, what ran out of memory is a result.
+    again = CliRunner().invoke(app, ["bench", "run", str(matrix), "--output", str(output), "--only", "too-long"])
+    assert again.exit_code == 0
+    assert "[1/1] too-long: out of memory" in again.output
+
+
+def test_a_directory_with_another_matrix_or_other_conditions_is_refused(stopped, tmp_path):
+    matrix, first, _ = stopped
+    output = tmp_path / "results"
+    shutil.copytree(first, output)
+    with pytest.raises(InputError, match=r"was begun with another matrix \(steps: 3 -> 4\)"):
+        run_matrix(matrix, output, steps=4)
+    with pytest.raises(InputError, match=r"cell plain: train.seed: 0 -> 1"):
+        run_matrix(matrix, output, overrides=["train.seed=1"])
+    in_use = sessions.opened(output, sessions.make_plan(read_matrix(matrix)))
+    with in_use, pytest.raises(InputError, match="another `packloop bench run` writes to it"):
+        run_matrix(matrix, output)
+
+    elsewhere = json.loads((output / "conditions.json").read_text()) | {"device": "NVIDIA H200"}
+    (output / "conditions.json").write_text(json.dumps(elsewhere))
+    (output / "cells" / "plain.json").unlink()
+    with pytest.raises(InputError, match=r"under other conditions \(device: NVIDIA H200 -> CPU"):
+        run_matrix(matrix, output, only=["plain"])
+
+    values = json.loads((output / "matrix.json").read_text())
+    values["plan"]["schema_version"] = 99
+    (output / "matrix.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="schema version 99, this packloop writes 1"):
+        run_matrix(matrix, output)
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words")
+    with pytest.raises(InputError, match=r"is not empty and holds no matrix\.json"):
+        run_matrix(matrix, tmp_path / "mine")
+
+
+def test_a_wrong_step_has_no_rate(tmp_path, capsys):
+    matrix = write(tmp_path, cells={"fused": {"kernels.layer": "fused"}})
+    broken = [sys.executable, str(ROOT / "tests" / "bench_broken_cell.py")]
+    assert not run_matrix(matrix, tmp_path / "results", command=broken)
+    cell = load_cell(tmp_path / "results" / "cells" / "fused.json")
+    assert cell.status == "wrong"
+    assert cell.loss_gate.reference == "stock eager, pack by pack"
+    assert not cell.loss_gate.passed
+    said = capsys.readouterr().out
+    table = said.partition("real tok/s")[2].splitlines()
+    row = next(line for line in table if line.startswith("fused"))
+    assert "wrong: its steps are not the reference's" in row
+    assert f"{cell.figures.real_tokens_per_s.median:,.0f}" not in said
+
+    # The right kernel, on the references that are there already.
+    assert not run_matrix(matrix, tmp_path / "results")
+    assert "(from before)" in capsys.readouterr().out
+    (tmp_path / "results" / "cells" / "fused.json").unlink()
+    assert run_matrix(matrix, tmp_path / "results")
+    said = capsys.readouterr().out
+    assert "references of the loss gate" not in said
+    assert "of stock eager, pack by pack" in said
+    assert load_cell(tmp_path / "results" / "cells" / "fused.json").loss_gate.largest_difference < 1e-5
+
+
+def test_without_a_gpu_cells_that_need_one_are_named_and_nothing_runs(tmp_path):
+    cells = {"plain": {}, "flash": {"kernels.attention": "flash_attn"}, "cudnn": {"kernels.attention": "cudnn"}}
+    matrix = write(tmp_path, cells=cells)
+    with pytest.raises(
+        InputError, match=r"no CUDA GPU here, and kernels\.attention=flash_attn .* \(cells flash, cudnn\)"
+    ):
+        run_matrix(matrix, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_process_that_cannot_start_ends_the_run_with_one_line(tmp_path):
+    matrix = write(tmp_path, cells={"plain": {}}, gate=False)
+    with pytest.raises(InputError, match=r"the process of cell plain cannot start: exit code 7; last words: no torch"):
+        run_matrix(
+            matrix, tmp_path / "results", command=[sys.executable, "-c", "print('no torch'); raise SystemExit(7)"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("cannot read /home/me/data/rows.jsonl: gone", "cannot read rows.jsonl: gone"),
+        ("model.name_or_path='/srv/models/llama' is of type", "model.name_or_path='llama' is of type"),
+        ("30 tokens/s, 1/2 of it", "30 tokens/s, 1/2 of it"),
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+    ],
+)
+def test_reasons_name_no_folders(text, public):
+    assert sessions.without_paths(text) == public
+
+
+def test_a_refused_matrix_is_one_line_on_the_command_line(tmp_path):
+    matrix = write(tmp_path, cells={})
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "from packloop.cli import main; main()",
+            "bench",
+            "run",
+            str(matrix),
+            "--output",
+            "x",
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == f"error: {matrix}: the matrix is empty; give cells (name: settings) or axes (setting: values)\n"
+    )
+    assert not (tmp_path / "x").exists()
