@@ -217,7 +217,7 @@ def test_refuses_what_it_cannot_read():
 
 
 @interpreted
-def test_a_graph_that_is_dropped_is_freed_without_the_garbage_collector():
+def test_saved_output_is_freed_with_its_graph_without_the_garbage_collector():
     """The function saves its own output; held by the graph's node itself it would keep its graph, and all in it."""
     gc.disable()
     try:
