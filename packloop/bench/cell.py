@@ -89,7 +89,6 @@ def load_subject(config: RunConfig, synthetic: str | None, tokenizer: str | None
 def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Cell:
     """The cell's result: its steps first, alone in memory; then its gate, the ceilings and the floor."""
     config = parse_config(cell.config)
-    set_numerics(config)  # before anything is on the GPU
     subject = load_subject(config, cell.synthetic, cell.tokenizer)
     data = subject.data(config)
     states, profiles = [gpu_state()], []
@@ -193,7 +192,6 @@ def take_references(directory: Path, plan: sessions.Plan, keys: list[str]) -> No
     """Writes the references of these keys, which share a model."""
     first = plan.references[keys[0]]
     config = parse_config(first.config)
-    set_numerics(config)
     subject = load_subject(config, first.synthetic, first.tokenizer)
     for key in keys:
         planned = plan.references[key]
@@ -232,6 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("packloop").setLevel(logging.INFO)
     plan = sessions.load_plan(given.directory)
+    first = plan.references[given.references[0]] if given.references else plan.cell(given.cell)
+    set_numerics(parse_config(first.config))  # before anything asks for a GPU: its allocator is set up once
     try:
         sessions.check_conditions(given.directory, describe_conditions(None, None, commit=plan.commit))
     except InputError as error:
@@ -250,8 +250,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of the GPU's memory, or of the host's where torch could not have it."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+    """Of the GPU's memory, also where cuBLAS or a kernel's launch wanted it, or of the host's."""
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: ")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def fail(reason: str, exit_code: int) -> None:
