@@ -135,6 +135,16 @@ def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped):
     assert "[1/1] too-long: out of memory" in again.output
 
 
+def test_a_killed_run_leaves_no_process_that_goes_on_measuring(tmp_path):
+    process = start(write(tmp_path, cells={"plain": {}}, gate=False), tmp_path / "results")
+    wait_for(tmp_path / "results" / "conditions.json", process)
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate(timeout=60)
+    child.wait(timeout=20)
+    assert not (tmp_path / "results" / "cells").exists()
+
+
 def test_a_directory_with_another_matrix_or_other_conditions_is_refused(stopped, tmp_path):
     matrix, first, _ = stopped
     output = tmp_path / "results"
