@@ -129,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compare(measured: Path, output: Path | None) -> int:
-    """Prints predicted and measured figures of a recorded file; 1 where one is out of bounds."""
+    """Prints predicted and measured figures of a recorded file; 1 where one is out of bounds or there is none."""
     result = json.loads(measured.read_text(encoding="utf-8"))
     name = result["environment"]["gpus"][0]["name"]
     gpu = require_gpu(name)
@@ -142,7 +142,7 @@ def compare(measured: Path, output: Path | None) -> int:
         conditions = {"gpu": name, "environment": result["environment"], "checks": [one.values() for one in checks]}
         output.with_suffix(".json").write_text(json.dumps(conditions, indent=1) + "\n", encoding="utf-8")
         output.with_suffix(".md").write_text(f"# Predicted and measured, {name}\n\n{text}\n", encoding="utf-8")
-    return int(not all(one.holds for one in checks))
+    return int(not checks or not all(one.holds for one in checks))
 
 
 def row_of(bench: Bench, case: Case) -> dict[str, Any]:

@@ -263,7 +263,7 @@ def plan(
     from packloop.bench.plan_tables import render, render_check
 
     forecast = run_plan(run_config, gpu=gpu, budget=budget, synthetic=synthetic, at_hand=probe)
-    Console().print(render(forecast))
+    Console().print(render(forecast), crop=False)
     if probe:
         from packloop.bench.plan_check import check_at_hand
 

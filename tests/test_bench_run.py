@@ -231,6 +231,12 @@ def test_reasons_name_no_folders(text, public):
     assert sessions.without_paths(text) == public
 
 
+def test_a_file_as_output_is_refused(tmp_path):
+    file = write(tmp_path, cells={"a": {}})
+    with pytest.raises(InputError, match="is a file; give a directory"):
+        run_matrix(file, file)
+
+
 def test_a_refused_matrix_is_one_line_on_the_command_line(tmp_path):
     matrix = write(tmp_path, cells={})
     result = subprocess.run(

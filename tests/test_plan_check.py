@@ -74,6 +74,15 @@ def test_a_prediction_out_of_bounds_fails(tmp_path, reserved_gib, tokens_per_s):
     assert "0 of 1 within" in done.stdout
 
 
+def test_a_file_in_which_nothing_was_measured_fails(tmp_path):
+    path = recorded(tmp_path, reserved_gib=62.95, tokens_per_s=22_000)
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"cases": values["cases"][1:]}))
+    done = compare(path)
+    assert done.returncode == 1, done.stderr
+    assert "0 of 0 within" in done.stdout
+
+
 def test_errors_are_of_the_prediction():
     check = Check("one", (10.0, 12.5), (110.0, 100.0), (1.0, 1.0), (1.0, 1.0))
     assert check.memory_error == pytest.approx(-0.2)

@@ -15,7 +15,7 @@ RECIPE = "recipes/llama2-7b-dolly.yaml"
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.argv", ["packloop", "plan", *arguments])
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as left:
         main()
     out, err = capsys.readouterr()
@@ -45,6 +45,8 @@ def test_auto_is_settled_within_the_budget(monkeypatch, capsys):
     ("arguments", "code", "message"),
     [
         ([RECIPE, "--synthetic", "tiny"], 1, "no GPU at hand: name one with --gpu"),
+        ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--probe"], 1, "leave --probe out"),
+        ([RECIPE, "kernels.attention=flash_attn_4", "--synthetic", "tiny", "--gpu", "a10g"], 1, "9.0 is needed"),
         ([RECIPE, "--synthetic", "tiny", "--gpu", "z80"], 1, f"known: {GPUS[0].key}"),
         ([RECIPE, "--synthetic", "tiny", "--gpu", "t4"], 1, "has no bfloat16"),
         ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--budget", "30"], 1, "the a10g has 22 GiB"),

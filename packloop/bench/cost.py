@@ -21,12 +21,11 @@ from packloop.bench.plots import rate_of
 from packloop.bench.prices import Instance
 from packloop.bench.results import Ceilings, Cell
 from packloop.gpus import Gpu, find_gpu
+from packloop.kernels.flash_attention import NEEDED_CAPABILITY
 
 MEASURED, PROJECTED = "measured on this GPU", "projected"
 # What the CUDA context takes beside torch's reserved memory.
 CONTEXT_GIB = 0.5
-# Attention that needs a later GPU than bf16 does, in packloop's words.
-_NEEDED_CAPABILITY = {"flash_attn_4": (9, 0)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def _why_not(cell: Cell, own: Gpu | None, target: Gpu) -> str | None:
         return f"{cell.conditions.device} is not in the GPU table"
     if target.bf16_tflops is None:
         return "no bf16"
-    needed = _NEEDED_CAPABILITY.get(attention_of(cell) or "", (0, 0))
+    needed = NEEDED_CAPABILITY.get(attention_of(cell) or "", (0, 0))
     if target.capability < needed:
         return f"no {attention_of(cell)} there"
     if cell.memory is not None and cell.memory.peak_counted_gib + CONTEXT_GIB > target.memory_gib:

@@ -115,7 +115,7 @@ def write_document(document: Document, directory: Path) -> tuple[Path, Path]:
 
 
 def render_markdown(document: Document) -> str:
-    """GitHub's Markdown. An attachment is a link where a table names it, and nothing in its own place."""
+    """GitHub's Markdown. An attachment is a link, where a table names it and in its own place."""
     parts = [f"# {document.title}"]
     for block in document.blocks:
         match block:
@@ -130,6 +130,8 @@ def render_markdown(document: Document) -> str:
             case Picture():
                 caption = f"\n\n{block.caption}" if block.caption else ""
                 parts.append(f"![{block.title}]({block.path}){caption}")
+            case Attachment():
+                parts.append(f"[{_markdown_entry(block.title)}]({block.path})")
     return "\n\n".join(parts) + "\n"
 
 

@@ -89,7 +89,7 @@ class Floor:
     def step_ms(self, layouts: list[DocumentLayout]) -> float:
         """Wall time of all products and attention of one optimizer step, whose micro-batches have these layouts."""
         if self.attention is None:
-            self.attention, self.why_attention = self._choose_attention(layouts[0])
+            self.attention, self.why_attention = self._choose_attention(layouts)
             self._all_micro_batches(layouts)
         _synchronize(self.device)
         start = time.perf_counter()
@@ -97,14 +97,14 @@ class Floor:
         _synchronize(self.device)
         return (time.perf_counter() - start) * 1e3
 
-    def _choose_attention(self, layout: DocumentLayout) -> tuple[str, str]:
+    def _choose_attention(self, layouts: list[DocumentLayout]) -> tuple[str, str]:
         return choose_backend(
             "auto",
-            is_packed=layout.is_packed,
+            is_packed=any(layout.is_packed for layout in layouts),
             dtype=torch.bfloat16,
             device=self.device,
             heads=self._heads,
-            layout=layout,
+            layout=layouts[0],
         )
 
     def _all_micro_batches(self, layouts: list[DocumentLayout]) -> None:

@@ -23,6 +23,7 @@ from packloop.engine.planner.shape import ModelShape
 from packloop.engine.planner.time import Load
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
+from packloop.kernels.flash_attention import NEEDED_CAPABILITY
 
 _GIB = 2**30
 _UNITS = {"": _GIB, "gib": _GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
@@ -57,6 +58,8 @@ def plan(
     rows: nothing is downloaded. InputError for what cannot be predicted, OutOfMemoryError with a table where not even
     one pack fits the budget.
     """
+    if at_hand and not torch.cuda.is_available():
+        raise InputError("--probe takes steps on the GPU at hand, and there is none; leave --probe out")
     chosen = require_gpu(gpu) if gpu else gpu_at_hand()
     if at_hand and gpu and chosen != gpu_at_hand():
         raise InputError(f"--probe takes steps on the GPU at hand, {gpu_at_hand().key}: leave --gpu {gpu} out")
@@ -113,10 +116,20 @@ def attentions(config: RunConfig, gpu: Gpu) -> list[str]:
     if asked != "auto":
         if asked not in ATTENTION_RATES:
             raise InputError(f"kernels.attention={asked}: predictions know {', '.join(ATTENTION_RATES)} and auto")
+        needed = NEEDED_CAPABILITY.get(asked, (0, 0))
+        if gpu.capability < needed:
+            raise InputError(
+                f"kernels.attention={asked}: the {gpu.key} has compute capability {_dotted(gpu.capability)}, "
+                f"{_dotted(needed)} is needed; use kernels.attention=auto"
+            )
         return [asked]
     if config.model.dtype != "bfloat16":
         return ["sdpa"]
     return ["document", "varlen"] if config.data.packing == "bfd" else ["document", "varlen", "sdpa"]
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[[int], Load]:

@@ -22,7 +22,7 @@ def render(forecast: Forecast) -> Group:
         Text(_head(forecast)),
         _table("memory at the peak, GiB", columns, forecast.budget_gib),
         _times(columns),
-        Text(_advice(forecast)),
+        Text(_advice(forecast), no_wrap=True, overflow="ignore"),  # settings to paste stay one line
         _runners_up(forecast),
         Text("\n".join(f"- {note}" for note in [*forecast.notes, _basis(forecast.gpu)])),
     )

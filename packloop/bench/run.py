@@ -42,6 +42,8 @@ def run_matrix(
     command: what starts a cell's process. InputError and ConfigError, before anything runs, for a matrix that cannot
     be; KeyboardInterrupt, with the cells so far written, when it is stopped.
     """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {str(output)!r} is a file; give a directory")
     matrix = read_matrix(path, overrides, synthetic=synthetic, tokenizer=tokenizer, steps=steps, warmup=warmup)
     cells = select_cells(matrix, only)
     plan = sessions.make_plan(matrix, commit=commit)

@@ -188,7 +188,7 @@ _INSTALL = {
     "flash_attn_4": (("flash_attn.cute", "cutlass"), "pip install flash-attn-4"),
     "document": (("triton",), "pip install triton"),
 }
-_NEEDED_CAPABILITY = {"flash_attn": (8, 0), "varlen": (8, 0), "flash_attn_4": (9, 0), "document": (8, 0)}
+NEEDED_CAPABILITY = {"flash_attn": (8, 0), "varlen": (8, 0), "flash_attn_4": (9, 0), "document": (8, 0)}
 
 
 def why_not(name: str, *, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -197,7 +197,7 @@ def why_not(name: str, *, dtype: torch.dtype, device: torch.device) -> str | Non
         return f"needs a CUDA GPU, the device is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs model.dtype=bfloat16, given {str(dtype).removeprefix('torch.')}"
-    needed, found = _NEEDED_CAPABILITY[name], torch.cuda.get_device_capability(device)
+    needed, found = NEEDED_CAPABILITY[name], torch.cuda.get_device_capability(device)
     if found < needed:
         return f"needs compute capability {needed[0]}.{needed[1]}, this GPU has {found[0]}.{found[1]}"
     if name == "varlen" and torch.are_deterministic_algorithms_enabled():
