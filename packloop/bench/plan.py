@@ -14,6 +14,7 @@ from transformers import AutoConfig, LlamaConfig
 from packloop.bench.synthetic import shape_config
 from packloop.config import ModelConfig, RunConfig
 from packloop.data.loader import Batch, PackLoader, TrainingData, build_data
+from packloop.engine.loop import set_numerics
 from packloop.engine.memory import MARGIN_GIB
 from packloop.engine.model import load_tokenizer, resolve_name
 from packloop.engine.plan import count_layers
@@ -58,8 +59,10 @@ def plan(
     rows: nothing is downloaded. InputError for what cannot be predicted, OutOfMemoryError with a table where not even
     one pack fits the budget.
     """
-    if at_hand and not torch.cuda.is_available():
-        raise InputError("--probe takes steps on the GPU at hand, and there is none; leave --probe out")
+    if at_hand:
+        if not torch.cuda.is_available():
+            raise InputError("--probe takes steps on the GPU at hand, and there is none; leave --probe out")
+        set_numerics(config)  # before a GPU is asked for: the prediction rests on the allocator's settings
     chosen = require_gpu(gpu) if gpu else gpu_at_hand()
     if at_hand and gpu and chosen != gpu_at_hand():
         raise InputError(f"--probe takes steps on the GPU at hand, {gpu_at_hand().key}: leave --gpu {gpu} out")

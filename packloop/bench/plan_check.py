@@ -14,7 +14,6 @@ from packloop.bench.probe import Probe, probe
 from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import ModelConfig, RunConfig
 from packloop.data.loader import build_data
-from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_base, load_tokenizer
 from packloop.engine.plan import count_layers
 from packloop.engine.planner.policy import MemoryPlan
@@ -101,7 +100,6 @@ def check_at_hand(forecast: Forecast, *, synthetic: str | None) -> Check:
         raise InputError("no GPU at hand: --probe takes two steps on one")
     best, device = forecast.best[0], torch.device("cuda")
     config = settle(forecast.config, best, forecast.budget_gib)
-    set_numerics(config)  # the allocator's settings, which the prediction rests on, are read when the model arrives
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
     data = build_data(config.data, tokenizer, seed=config.train.seed)
     if synthetic is None:
