@@ -113,6 +113,14 @@ def test_charts_are_of_one_batch_and_of_the_best_batches():
     }
 
 
+def test_a_cell_without_settings_of_its_own_is_one_way_with_its_other_batches():
+    plain = cell("plain", 20000).model_copy(update={"settings": {}})
+    cells = [plain, cell("plain-8", 21000, batch=8), cell("b", batch=4, settings={"kernels.layer": "stock"})]
+    cells.append(cell("b-8", 9000, batch=8, settings={"kernels.layer": "stock"}))
+    (best,) = [group for group in groups_of(cells) if "best batch" in group.title]
+    assert [one.name for one in best.cells] == ["plain-8", "b"]
+
+
 def test_every_cell_is_in_a_chart_and_shapes_are_apart():
     cells = [cell("a", batch=1), cell("b", batch=2), cell("c", shape="tiny")]
     groups = groups_of(cells)

@@ -69,7 +69,8 @@ def _best_batch(shape: str, cells: list[Cell]) -> Group:
 def _way(cell: Cell) -> tuple:
     """What tells one way of training from another: the settings, but for the size of a step."""
     sizes = {*_BATCH_KEYS, *_ACCUMULATION_KEYS}
-    settings = cell.settings or cell.config
+    # Of packloop's, no settings means the matrix's base; a peer may have told no more than its configuration.
+    settings = cell.settings if cell.who == "packloop" else cell.settings or cell.config
     return cell.who, *sorted((key, repr(value)) for key, value in settings.items() if key not in sizes)
 
 
