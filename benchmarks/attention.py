@@ -57,7 +57,6 @@ KEYS = [
     Tiles(64, 32, num_warps=8, num_stages=2, max_registers=128),
     Tiles(128, 32, num_warps=16, num_stages=2, max_registers=128),
 ]
-JOINT = [Tiles(64, 32, num_warps=4, num_stages=2)]
 
 
 def instruction_like_row(generator: torch.Generator) -> list[int]:
@@ -214,7 +213,6 @@ def search(case: Case) -> tuple[Tiles, BackwardTiles, list[dict]]:
     candidates = [(tiles, None) for tiles in FORWARD]
     candidates += [(FORWARD[0], BackwardTiles(queries, KEYS[0])) for queries in QUERIES]
     candidates += [(FORWARD[0], BackwardTiles(QUERIES[0], keys)) for keys in KEYS[1:]]
-    candidates += [(FORWARD[0], BackwardTiles(tiles, tiles, joint=True)) for tiles in JOINT]
     with multiprocessing.get_context("spawn").Pool(min(len(candidates), os.cpu_count() or 1, 12)) as pool:
         pool.starmap(_compile, [(case.heads, *candidate) for candidate in candidates], chunksize=1)
     times = []
@@ -237,7 +235,7 @@ def search(case: Case) -> tuple[Tiles, BackwardTiles, list[dict]]:
     forward = fastest("forward", FORWARD, lambda t: time_backend_forward(DocumentAttention(t), case))
     queries = fastest("dq", [BackwardTiles(t, KEYS[0]) for t in QUERIES], backward_ms).queries
     # Candidates were compiled beside the first tiles of the other part; each part is a kernel of its own.
-    both = [BackwardTiles(queries, t) for t in KEYS] + [BackwardTiles(t, t, joint=True) for t in JOINT]
+    both = [BackwardTiles(queries, t) for t in KEYS]
     return forward, fastest("backward", both, backward_ms), times
 
 

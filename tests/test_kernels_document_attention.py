@@ -148,7 +148,6 @@ def test_forward_and_every_gradient(lengths: list[int], heads: tuple[int, int, i
         DocumentAttention(),
         DocumentAttention(WIDE, BackwardTiles(queries=WIDE, keys=TALL)),
         DocumentAttention(TALL, BackwardTiles(queries=TALL, keys=WIDE)),
-        DocumentAttention(TALL, BackwardTiles(queries=TALL, keys=TALL, joint=True)),
     ],
 )
 def test_any_tiles(backend: DocumentAttention):

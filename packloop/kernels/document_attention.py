@@ -68,11 +68,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class BackwardTiles:
-    """Tiles of the dq and of the dk, dv part. `joint`: one launch does both with the tiles of `keys`."""
+    """Tiles of the dq part and of the dk, dv part, which are launched one after the other."""
 
     queries: Tiles
     keys: Tiles
-    joint: bool = False
 
 
 _HEAD_DIMS = (16, 32, 64, 128)
@@ -177,9 +176,9 @@ def _backward(saved, d_out, q, k, v, layout, scale, tiles: BackwardTiles, rotati
     delta_HT = torch.empty_like(lse_HT)
     tables, position_ids_T = _tables(rotation)
 
-    def launch(part: Tiles, *, queries: bool, keys: bool) -> None:
+    def launch(part: Tiles, num_heads: int, *, queries: bool) -> None:
         plan = _tiles_of(layout, part.owned)
-        kernels.document_attention_backward_kernel[(len(plan) * num_kv_heads * (group * queries + keys),)](
+        kernels.document_attention_backward_kernel[(len(plan) * num_heads,)](
             (_matrix(q), _matrix(k), _matrix(v)),
             (_matrix(out_THD), _matrix(d_out), (lse_HT, lse_HT.stride(0)), (delta_HT, delta_HT.stride(0))),
             (_matrix(dq), _matrix(dk), _matrix(dv)),
@@ -189,31 +188,16 @@ def _backward(saved, d_out, q, k, v, layout, scale, tiles: BackwardTiles, rotati
             num_kv_heads,
             scale,
             QUERIES=queries,
-            KEYS=keys,
             TURNS_BACK=rotation is not None,
             GROUP=group,
             HEAD_DIM=head_dim,
             **part.options,
         )
 
-    plan = _tiles_of(layout, _POINTWISE.owned)
-    if not len(plan):
+    if not len(_tiles_of(layout, tiles.keys.owned)):
         return
-    if tiles.joint:
-        kernels.document_attention_delta_kernel[(len(plan) * num_heads,)](
-            _matrix(out_THD),
-            _matrix(d_out),
-            (delta_HT, delta_HT.stride(0)),
-            plan,
-            num_heads,
-            HEAD_DIM=head_dim,
-            OWNED=_POINTWISE.owned,
-            num_warps=_POINTWISE.num_warps,
-        )
-        launch(tiles.keys, queries=True, keys=True)
-    else:
-        launch(tiles.queries, queries=True, keys=False)
-        launch(tiles.keys, queries=False, keys=True)
+    launch(tiles.queries, num_heads, queries=True)
+    launch(tiles.keys, num_kv_heads, queries=False)
 
 
 def _default_tiles(dtype: torch.dtype, device: torch.device) -> tuple[Tiles, BackwardTiles]:

@@ -154,21 +154,6 @@ if triton is not None:
         _store_per_row(highest + tl.log2(total), lse, document, first_row, head, OWNED)
         _store(mixed / total[:, None], out, tables, document, first_row, head, False, OWNED, HEAD_DIM)
 
-    @triton.jit
-    def _delta_of(out, d_out_tile, document, first_row, head, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-        out_tile = _load(out, document, first_row, head, ROWS, HEAD_DIM)
-        return tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
-
-    @triton.jit
-    def document_attention_delta_kernel(
-        out, d_out, delta, tiles_ptr, num_heads, HEAD_DIM: tl.constexpr, OWNED: tl.constexpr
-    ):
-        document, first_row = _listed_tile(tiles_ptr, tl.program_id(0) // num_heads, tiles_ptr, False, OWNED)
-        head = tl.program_id(0) % num_heads
-        d_out_tile = _load(d_out, document, first_row, head, OWNED, HEAD_DIM)
-        found = _delta_of(out, d_out_tile, document, first_row, head, OWNED, HEAD_DIM)
-        _store_per_row(found, delta, document, first_row, head, OWNED)
-
     # The two parts of backward take: inputs (q, k, v), results (out, d_out, lse, delta), where to store their
     # gradients, RoPE's tables, and their tile as (document, its first row or key, head).
 
@@ -180,14 +165,13 @@ if triton is not None:
         tables,
         tile,
         scale,
-        FINDS_DELTA: tl.constexpr,
         TURNS_BACK: tl.constexpr,
         GROUP: tl.constexpr,
         HEAD_DIM: tl.constexpr,
         OWNED: tl.constexpr,
         STREAMED: tl.constexpr,
     ):
-        """dq of one query tile and head; with FINDS_DELTA it first finds and stores sum(d_out * out) of its rows."""
+        """dq of one query tile and head; it first finds and stores sum(d_out * out) of its rows, for the other part."""
         q, k, v = inputs
         out, d_out, lse, delta = results
         document, first_row, head = tile
@@ -196,11 +180,9 @@ if triton is not None:
         d_out_tile = _load(d_out, document, first_row, head, OWNED, HEAD_DIM)
         # Past the end the probabilities are exp2(0 - inf) = 0.
         lse_row = _load_per_row(lse, document, first_row, head, float("inf"), OWNED)
-        if FINDS_DELTA:
-            delta_row = _delta_of(out, d_out_tile, document, first_row, head, OWNED, HEAD_DIM)
-            _store_per_row(delta_row, delta, document, first_row, head, OWNED)
-        else:
-            delta_row = _load_per_row(delta, document, first_row, head, 0.0, OWNED)
+        out_tile = _load(out, document, first_row, head, OWNED, HEAD_DIM)
+        delta_row = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
+        _store_per_row(delta_row, delta, document, first_row, head, OWNED)
         gradient = tl.zeros([OWNED, HEAD_DIM], tl.float32)
         for first_key in range(0, tl.minimum(first_row + OWNED, document[1]), STREAMED):
             k_tile = _load(k, document, first_key, head // GROUP, STREAMED, HEAD_DIM)
@@ -268,25 +250,22 @@ if triton is not None:
         num_kv_heads,
         scale,
         QUERIES: tl.constexpr,
-        KEYS: tl.constexpr,
         TURNS_BACK: tl.constexpr,
         GROUP: tl.constexpr,
         HEAD_DIM: tl.constexpr,
         OWNED: tl.constexpr,
         STREAMED: tl.constexpr,
     ):
-        """The dq part of each tile and query head if QUERIES, the dk and dv part of each tile and key head if KEYS."""
-        PARTS: tl.constexpr = (GROUP if QUERIES else 0) + (1 if KEYS else 0)
+        """The dq part of each tile and query head if QUERIES, else the dk and dv part of each tile and key head."""
+        PARTS: tl.constexpr = GROUP if QUERIES else 1
         dq, dk, dv = gradients
         part = tl.program_id(0) % PARTS
         kv_head = tl.program_id(0) // PARTS % num_kv_heads
         entry = tl.program_id(0) // PARTS // num_kv_heads
         document, first = _listed_tile(tiles_ptr, entry, position_ids_ptr, TURNS_BACK, OWNED)
-        if QUERIES and (not KEYS or part < GROUP):
+        if QUERIES:
             tile = (document, first, kv_head * GROUP + part)
-            _query_part(
-                inputs, results, dq, tables, tile, scale, not KEYS, TURNS_BACK, GROUP, HEAD_DIM, OWNED, STREAMED
-            )
-        if KEYS and (not QUERIES or part == GROUP):
+            _query_part(inputs, results, dq, tables, tile, scale, TURNS_BACK, GROUP, HEAD_DIM, OWNED, STREAMED)
+        else:
             tile = (document, first, kv_head)
             _key_part(inputs, results, dk, dv, tables, tile, scale, TURNS_BACK, GROUP, HEAD_DIM, OWNED, STREAMED)
