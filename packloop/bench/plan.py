@@ -66,7 +66,7 @@ def plan(
     chosen = require_gpu(gpu) if gpu else gpu_at_hand()
     if at_hand and gpu and chosen != gpu_at_hand():
         raise InputError(f"--probe takes steps on the GPU at hand, {gpu_at_hand().key}: leave --gpu {gpu} out")
-    budget_gib = parse_budget(budget) if budget else config.train.memory_budget_gib
+    budget_gib = parse_budget(budget) if budget is not None else config.train.memory_budget_gib
     budget_gib = budget_gib or chosen.memory_gib - MARGIN_GIB
     if budget_gib > chosen.memory_gib:
         raise InputError(
