@@ -13,9 +13,10 @@ import re
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import LlamaForCausalLM, PretrainedConfig
@@ -60,6 +61,9 @@ class Subject:
         return build_data(config.data, self.tokenizer, seed=config.train.seed)
 
 
+Made = TypeVar("Made")
+
+
 def load_subject(config: RunConfig, synthetic: str | None, tokenizer: str | None) -> Subject:
     """The base as `train` loads it, or a shape's with random weights. InputError where the tokens do not fit it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +100,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
     def after_steps(step, window) -> None:
         states.append(gpu_state())
         if cell.profile:
-            profiles.append(profile_step(step, window))
+            profiles.append(_where_it_fits("profile", lambda: profile_step(step, window)))
 
     taken = probe(
         config,
@@ -108,7 +112,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
         after=after_steps,
     )
     say(f"steps: {taken.real_tokens_per_s:,.0f} real tokens/s")
-    profile = _of_plain_step(profiles[0], taken.step_ms) if profiles else None
+    profile = _of_plain_step(profiles[0], taken.step_ms) if profiles and profiles[0] else None
     gate = None
     if cell.reference is not None:
         reference = sessions.load_reference(directory, cell.reference)
@@ -116,7 +120,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
     dtype = getattr(torch, config.model.dtype)
     num_slots = max(micro.num_slots for micro in taken.micros)
     ceilings = measure_ceilings(subject.architecture, num_slots, dtype, subject.device)
-    floor = _floor(taken, subject) if cell.floor else None
+    floor = _where_it_fits("floor", lambda: _floor(taken, subject)) if cell.floor else None
     conditions = describe_conditions(states[0], states[1], commit=plan.commit)
     passed = gate is None or gate.passed
     return Cell(
@@ -170,9 +174,10 @@ def _gate_run(config: RunConfig, subject: Subject, data: TrainingData) -> gates.
     try:
         return take_gate_steps(config, subject.base, data, pad_token_id)
     except torch.OutOfMemoryError:
-        smallest = {"kernels": {"dequant_cache": 0, "keep_inputs": 0}, "train": {"gradient_checkpointing": "all"}}
-        sections = {name: getattr(config, name).model_copy(update=values) for name, values in smallest.items()}
-        return take_gate_steps(config.model_copy(update=sections), subject.base, data, pad_token_id)
+        pass  # and no more in here: the error's traceback holds the activations of the step that found no room
+    smallest = {"kernels": {"dequant_cache": 0, "keep_inputs": 0}, "train": {"gradient_checkpointing": "all"}}
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in smallest.items()}
+    return take_gate_steps(config.model_copy(update=sections), subject.base, data, pad_token_id)
 
 
 def _draw_adapters(job: Job) -> None:
@@ -213,6 +218,17 @@ def take_references(directory: Path, plan: sessions.Plan, keys: list[str]) -> No
             sessions.save_reference(directory, key, reference)
             say(f"reference: {name}: losses {', '.join(f'{loss:.4f}' for loss in run.losses)}")
             break
+
+
+def _where_it_fits(what: str, make: Callable[[], Made | None]) -> Made | None:
+    """What `make` returns, or None where memory does not suffice for it: the steps are measured all the same."""
+    try:
+        return make()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    say(f"{what}: left out, for want of memory")
+    return None
 
 
 def say(text: str) -> None:

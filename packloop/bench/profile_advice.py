@@ -102,8 +102,10 @@ def advise(situation: Situation) -> Advice:
         return Advice(sentence=_nothing_to_gain(situation, best), candidates=candidates)
     needs = f"; it needs {best.needs}" if best.needs else ""
     faster = 1 / (1 - min(best.saves_share, 0.99))
+    largest = max(classes.CLASSES, key=situation.ms)
     sentence = (
-        f"What limits this run is {best.limit}: set {best.setting}, which saves at most {best.saves_share:.0%} of the "
+        f"The largest part of this run is {largest}, {_share(situation, situation.ms(largest))}; of what a setting can "
+        f"change, {best.limit} limits it most: set {best.setting}, which saves at most {best.saves_share:.0%} of the "
         f"step, {faster:.2f} times the rate ({best.how}){needs}."
     )
     return Advice(sentence=sentence, candidates=candidates)
