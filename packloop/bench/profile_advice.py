@@ -104,8 +104,8 @@ def advise(situation: Situation) -> Advice:
     faster = 1 / (1 - min(best.saves_share, 0.99))
     largest = max(classes.CLASSES, key=situation.ms)
     sentence = (
-        f"The largest part of this run is {largest}, {_share(situation, situation.ms(largest))}; what a setting can change "
-        f"most is {best.limit}: set {best.setting}, which saves at most {best.saves_share:.0%} of the "
+        f"The largest part of this run is {largest}, {_share(situation, situation.ms(largest))}; what a setting can "
+        f"change most is {best.limit}: set {best.setting}, which saves at most {best.saves_share:.0%} of the "
         f"step, {faster:.2f} times the rate ({best.how}){needs}."
     )
     return Advice(sentence=sentence, candidates=candidates)
