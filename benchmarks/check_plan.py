@@ -8,8 +8,7 @@ Models have random weights and are made in memory, once a shape; each configurat
 three that count. --calibrate measures what the predictions rest on: each kind of work by itself, and a few whole steps
 with their GPU time by kernel. --compare needs no GPU: it predicts what a file of measurements holds and fails where a
 prediction is off by more than 5 % of reserved memory or 10 % of tokens a second; what calibrated it is no test of it.
-Every result is printed and written as soon as it is there. `--shape tiny` goes through
-the same motions on a CPU.
+Every result is printed and written as soon as it is there. `--shape tiny` goes through the same motions on a CPU.
 """
 
 from __future__ import annotations
@@ -22,26 +21,25 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import plan_cases  # noqa: E402
-import torch  # noqa: E402
-from plan_cases import Case  # noqa: E402
+import torch
 
-from packloop.bench import calibration, plan_check  # noqa: E402
-from packloop.bench.kernel_classes import likely_class  # noqa: E402
-from packloop.bench.plan_check import check_recorded  # noqa: E402
-from packloop.bench.probe import Probe, probe  # noqa: E402
-from packloop.bench.steps import synchronize  # noqa: E402
-from packloop.bench.synthetic import random_model, shape_config  # noqa: E402
-from packloop.config import DataConfig, ModelConfig, RunConfig  # noqa: E402
-from packloop.data.loader import TrainingData, build_data  # noqa: E402
-from packloop.engine.environment import describe_environment  # noqa: E402
-from packloop.engine.loop import set_numerics  # noqa: E402
-from packloop.engine.model import load_tokenizer  # noqa: E402
-from packloop.errors import InputError, OutOfMemoryError  # noqa: E402
-from packloop.gpus import require_gpu  # noqa: E402
+from benchmarks import plan_cases
+from benchmarks.plan_cases import Case
+from packloop.bench import calibration, plan_check
+from packloop.bench.kernel_classes import likely_class
+from packloop.bench.plan_check import check_recorded
+from packloop.bench.probe import Probe, probe
+from packloop.bench.steps import synchronize
+from packloop.bench.synthetic import random_model, shape_config
+from packloop.config import DataConfig, ModelConfig, RunConfig
+from packloop.data.loader import TrainingData, build_data
+from packloop.engine.environment import describe_environment
+from packloop.engine.loop import set_numerics
+from packloop.engine.model import load_tokenizer
+from packloop.errors import InputError, OutOfMemoryError
+from packloop.gpus import require_gpu
 
 # Kernels and products of a profiled step that are listed, the longest first.
 _LISTED = 80
@@ -130,8 +128,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def compare(measured: Path, output: Path | None) -> int:
     """Prints predicted and measured figures of a recorded file; 1 where one is out of bounds or there is none."""
-    result = json.loads(measured.read_text(encoding="utf-8"))
-    name = result["environment"]["gpus"][0]["name"]
+    try:
+        result = json.loads(measured.read_text(encoding="utf-8"))
+        name = result["environment"]["gpus"][0]["name"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        sys.exit(
+            f"{measured} is no file of measurements on a GPU ({type(error).__name__}: {error}); "
+            "write one there: python benchmarks/check_plan.py --output FILE"
+        )
     gpu = require_gpu(name)
     rows = [row for row in result["cases"] if "figures" in row and row["case"]["layer"] == "fused"]
     checks = [check_recorded(row, Case(**row["case"]).config({"source": "bundled"}), gpu) for row in rows]

@@ -83,6 +83,15 @@ def test_a_file_in_which_nothing_was_measured_fails(tmp_path):
     assert "0 of 0 within" in done.stdout
 
 
+def test_a_file_that_holds_no_measurements_gets_one_line(tmp_path):
+    (tmp_path / "cpu.json").write_text(json.dumps({"environment": {"gpus": []}, "cases": []}))
+    for name in ("missing.json", "cpu.json"):
+        done = compare(tmp_path / name)
+        assert done.returncode == 1
+        assert name in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_errors_are_of_the_prediction():
     check = Check("one", (10.0, 12.5), (110.0, 100.0), (1.0, 1.0), (1.0, 1.0))
     assert check.memory_error == pytest.approx(-0.2)

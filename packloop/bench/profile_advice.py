@@ -11,6 +11,7 @@ from packloop.bench import kernel_classes as classes
 from packloop.bench.breakdown import RECOMPUTATION, Part
 from packloop.bench.results import Record
 from packloop.config import RunConfig
+from packloop.engine.plan import count_layers
 
 # A setting that would save less than this share of the step is not worth naming.
 WORTHWHILE = 0.02
@@ -112,7 +113,8 @@ def advise(situation: Situation) -> Advice:
 
 
 def _count(setting: str | int, num_layers: int) -> int:
-    return min({"all": num_layers, "none": 0, "auto": 0}.get(setting, setting), num_layers)
+    """Layers by a setting; stock layers leave some at `auto`, which is none of them."""
+    return count_layers("none" if setting == "auto" else setting, num_layers)
 
 
 def _candidate(situation: Situation, setting: str, saves_ms: float, limit: str, how: str, needs: str = "") -> Candidate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 from typing import TYPE_CHECKING
@@ -24,12 +25,10 @@ _LABELLED = 0.05
 
 def require_matplotlib() -> None:
     """InputError where it is missing, before anything has run."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
             "the plot of a profile needs matplotlib, which is not installed; run: pip install 'packloop[bench]'"
-        ) from None
+        )
 
 
 def profile_plot(parts: list[Part], *, idle_ms: float, step_ms: float, title: str) -> tuple[str, bytes]:
