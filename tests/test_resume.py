@@ -8,6 +8,8 @@ import random
 import shutil
 import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from small_job import fork, read_metrics, small_config, tensors_equal, wait, wai
 
 from packloop import cli
 from packloop.config import RunConfig, dump_config
+from packloop.engine import loop
 from packloop.engine.checkpoint import find_checkpoint, restore_rng
 from packloop.engine.loop import train
 from packloop.errors import ConfigError, InputError
@@ -136,11 +139,17 @@ def assert_resumes_from_step_6(whole: Path, copy: Path, config: RunConfig) -> No
 
 
 def test_ctrl_c_on_the_command_line_exits_130_and_resume_ends_with_0(whole, small_base, small_rows, tmp_path):
-    run_dir, file, log = tmp_path / "run", tmp_path / "run.yaml", tmp_path / "log"
+    run_dir, file, log, sent = (tmp_path / name for name in ("run", "run.yaml", "log", "sent"))
     file.write_text(dump_config(config_of(small_base, small_rows, run_dir)))
-    child = fork(lambda: run_cli("train", str(file)), log)
+
+    def train_until_interrupted() -> None:
+        loop.train = partial(train, on_step=lambda values: wait_in_step(values, 5, until=sent))
+        run_cli("train", str(file))
+
+    child = fork(train_until_interrupted, log)
     wait_for_step(run_dir, 3, child)
     os.kill(child, signal.SIGINT)
+    sent.touch()
     assert wait(child) == 130
     said = log.read_text()
     assert f"continue with: packloop train {file} --resume latest" in said
@@ -148,6 +157,13 @@ def test_ctrl_c_on_the_command_line_exits_130_and_resume_ends_with_0(whole, smal
     assert not (run_dir / f"checkpoints/step-{NUM_STEPS:06d}").exists()
     assert wait(fork(lambda: run_cli("train", str(file), "--resume", "latest"), log)) == 0
     assert_equal_runs(run_dir, whole)
+
+
+def wait_in_step(values: dict, step: int, *, until: Path) -> None:
+    """Holds a run in that step until the file is there, so that what the test sends never comes after its end."""
+    deadline = time.monotonic() + 120
+    while values["step"] == step and not until.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def run_cli(*arguments: str) -> None:
@@ -162,7 +178,8 @@ def test_a_run_killed_again_and_again_ends_equal(whole, small_base, small_rows, 
     target = 0
     while (target := target + moments.randint(2, 3)) < NUM_STEPS:
         resume = "latest" if (tmp_path / "run").exists() else None
-        child = fork(lambda resume=resume: train(config, resume=resume), tmp_path / "log")
+        hold = partial(wait_in_step, step=min(target + 2, NUM_STEPS), until=tmp_path / "never")
+        child = fork(partial(train, config, resume=resume, on_step=hold), tmp_path / "log")
         wait_for_step(tmp_path / "run", target, child)
         for _ in range(moments.randint(0, 400)):
             os.sched_yield()
