@@ -225,6 +225,16 @@ def test_a_process_that_cannot_start_ends_the_run_with_one_line(tmp_path):
         ("model.name_or_path='/srv/models/llama' is of type", "model.name_or_path='llama' is of type"),
         ("30 tokens/s, 1/2 of it", "30 tokens/s, 1/2 of it"),
         ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+        ("see https://host/x, in ~/data/x", "see https://host/x, in x"),
+        (
+            "'https://huggingface.co/a/b/resolve/main/c.json': gone",
+            "'https://huggingface.co/a/b/resolve/main/c.json': gone",
+        ),
+        (
+            "hf://datasets/a/b and /srv/a/b of http://localhost:80/a/b",
+            "hf://datasets/a/b and b of http://localhost:80/a/b",
+        ),
+        ("file:///home/me/rows.jsonl", "file://rows.jsonl"),
     ],
 )
 def test_reasons_name_no_folders(text, public):

@@ -27,6 +27,10 @@ from packloop.errors import ConfigError, InputError
 # Conditions of a moment; all others must be the same for every cell of a session.
 _MOMENTARY = ("before", "after", "date")
 _MEASURED_CODE = ("data", "kernels", "engine")
+# A URL, which a message needs whole unless it is of a file here; or the folders in front of a path's last name.
+_URL_OR_FOLDERS = re.compile(
+    r"\b((?!file:)[A-Za-z][\w+.-]*://[^\s'\"]*)|(?<![\w.])~?/(?:[^\s/'\":,]+/)+(?=[^\s/'\":,])"
+)
 
 
 class CellPlan(Record):
@@ -190,8 +194,8 @@ def public(value: Any) -> Any:
 
 
 def without_paths(text: str) -> str:
-    """A message with every absolute path in it reduced to its last name."""
-    return re.sub(r"(?<![\w.])/(?:[^\s/'\":,]+/)+(?=[^\s/'\":,])", "", text)
+    """A message with every absolute path in it reduced to its last name; URLs stay as they are."""
+    return _URL_OR_FOLDERS.sub(lambda found: found[1] or "", text)
 
 
 def _difference(then: Plan, now: Plan) -> str | None:
