@@ -37,6 +37,9 @@ TUTORIAL_SETTINGS = {
     "data.packing": "wrapped",
     "train.gradient_checkpointing": "all",
     "model.quantization": "nf4",
+    "model.dtype": "bfloat16",
+    "lora.r": 64,
+    "lora.dropout": 0.1,
     "lora.target_modules": ["q_proj", "v_proj"],
 }
 # 16,000 tokens at 10,000 tokens/s: a step of 1,600 ms, 100 of them idle.
@@ -157,6 +160,12 @@ def test_the_tutorial_s_rows_are_as_published():
         ({"settings": TUTORIAL_SETTINGS | {"kernels.layer": "fused"}}, False),
         ({"settings": TUTORIAL_SETTINGS | {"train.gradient_checkpointing": "none"}}, False),
         ({"settings": TUTORIAL_SETTINGS | {"data.packing": "bfd"}}, False),
+        ({"settings": TUTORIAL_SETTINGS | {"data.max_length": 1024}}, False),
+        ({"settings": TUTORIAL_SETTINGS | {"lora.r": 8}}, False),
+        ({"settings": TUTORIAL_SETTINGS | {"lora.dropout": 0.0}}, False),
+        ({"settings": TUTORIAL_SETTINGS | {"lora.target_modules": "all-linear"}}, False),
+        ({"settings": TUTORIAL_SETTINGS | {"model.dtype": "float32"}}, False),
+        ({"settings": TUTORIAL_SETTINGS | {"train.gradient_accumulation_steps": 4}}, False),
     ],
 )
 def test_the_error_is_checked_on_cells_that_train_as_the_tutorial_did(changes, is_like):
@@ -165,10 +174,43 @@ def test_the_error_is_checked_on_cells_that_train_as_the_tutorial_did(changes, i
 
 
 def test_the_tutorial_as_another_trainer_runs_it_is_like_it():
-    settings = {"batch": 4, "attention": "eager", "packing": "wrapped", "checkpointing": True, "targets": "qv"}
-    theirs = cell("stock", who="trl", settings={**settings, "liger": False}, config=settings)
+    theirs = trl_cell()
     assert trains_like(theirs, PUBLISHED[0])
-    assert not trains_like(cell("stock", who="trl", settings=settings, config=settings | {"liger": True}), PUBLISHED[0])
+    assert not trains_like(theirs, PUBLISHED[1])
+    others = [{"liger": True}, {"lora_r": 8}, {"dropout": 0.0}, {"length": 1024}, {"targets": "all-linear"}]
+    for change in [*others, {"accumulation": 1}, {"checkpointing": False}, {"packing": "bfd"}, {"batch": 8}]:
+        assert not trains_like(trl_cell(**change), PUBLISHED[0]), change
+    untold = dict(theirs.config)
+    del untold["lora_r"]
+    assert not trains_like(theirs.model_copy(update={"settings": untold, "config": untold}), PUBLISHED[0])
+
+
+def trl_cell(**changes) -> Cell:
+    settings = {
+        "batch": 4,
+        "accumulation": 2,
+        "length": 2048,
+        "packing": "wrapped",
+        "targets": "qv",
+        "lora_r": 64,
+        "dropout": 0.1,
+        "attention": "eager",
+        "checkpointing": True,
+        "liger": False,
+    }
+    settings |= changes
+    return cell("batch-4", 5000, who="TRL").model_copy(update={"settings": settings, "config": settings})
+
+
+def test_what_trains_something_else_is_not_beside_the_tutorial():
+    faster = cell("small", 20000, settings=TUTORIAL_SETTINGS | {"lora.r": 8, "kernels.attention": "sdpa"})
+    bfd = cell("bfd", 9000, settings=TUTORIAL_SETTINGS | {"data.packing": "bfd", "kernels.layer": "fused"})
+    shorter = trl_cell(length=1024).model_copy(update={"name": "shorter"})
+    text, tables = _section(tutorial_cell(), faster, bfd, shorter, trl_cell())
+    beside = next(table for table in tables if table.columns[0] == "run")
+    assert [row[0] for row in beside.rows[2:]] == ["bfd", "stock", "TRL: batch-4"]
+    assert "something else: small (lora.r=8), TRL: shorter (length=1024)." in text
+    assert "tutorial" not in _section(faster)[0]
 
 
 def _section(*cells: Cell) -> tuple[str, list[Table]]:

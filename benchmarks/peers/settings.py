@@ -60,8 +60,9 @@ def peer_parser(description: str) -> argparse.ArgumentParser:
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options for the row, without the names of places on this machine."""
-    return {name: value for name, value in vars(arguments).items() if name not in _NO_SETTINGS}
+    """The options and what all sides share for the row, without the names of places on this machine."""
+    options = {name: value for name, value in vars(arguments).items() if name not in _NO_SETTINGS}
+    return {**options, "lora_r": LORA_RANK, "lora_alpha": LORA_ALPHA}
 
 
 def check_turn(loaded: argparse.Namespace, turn: argparse.Namespace) -> None:

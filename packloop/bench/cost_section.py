@@ -22,7 +22,7 @@ from packloop.bench.groups import attention_of, batch_of
 from packloop.bench.plots import rate_of
 from packloop.bench.prices import Instance
 from packloop.bench.results import Ceilings, Cell
-from packloop.bench.tutorial import INSTANCE, PUBLISHED, is_stock, trains_like
+from packloop.bench.tutorial import INSTANCE, PUBLISHED, is_stock, other_job, trains_like
 from packloop.gpus import find_gpu
 
 
@@ -124,7 +124,8 @@ def hours(seconds: float) -> str:
 def _tutorial_blocks(cells: list[Cell], instances: list[Instance], measured: dict[str, Ceilings]) -> list[Block]:
     """The tutorial's job on its own instance, published and ours; nothing where that instance is not priced."""
     instance = next((one for one in instances if one.name == INSTANCE), None)
-    cells = [cell for cell in cells if cell.shape == "llama2-7b"]
+    left_out = [f"{label_of(cell)} ({reason})" for cell in cells if (reason := other_job(cell)) is not None]
+    cells = [cell for cell in cells if other_job(cell) is None]
     if instance is None or not cells:
         return []
     rows: list[list[Entry]] = []
@@ -144,6 +145,8 @@ def _tutorial_blocks(cells: list[Cell], instances: list[Instance], measured: dic
         ),
         Table(columns, rows),
     ]
+    if left_out:
+        blocks.append(Paragraph(f"Not beside it, as they train something else: {', '.join(left_out)}."))
     apart = _changes_apart(cells)
     if apart:
         blocks.append(Paragraph(apart))
