@@ -126,7 +126,14 @@ FAULTS = {
         ONE | {"cells": {"one": {"lora.enabled": False, "model.quantization": "none", "model.dtype": "float32"}}},
         "cell one: lora.enabled=false",
     ),
-    "synthetic": ({"cells": {"one": {"synthetic": "llama9"}}}, "model shape 'llama9' is neither llama2-7b, "),
+    "synthetic": (
+        {"cells": {"fine": {}, "one": {"synthetic": "llama9"}}},
+        r"^\S*matrix\.yaml: cell one: model shape 'llama9' is neither llama2-7b, ",
+    ),
+    "synthetic of all": (
+        ONE | {"synthetic": "./llama9"},
+        r"^\S*matrix\.yaml: cell one: model shape '\./llama9' is neither",
+    ),
     "tokenizer": ({"cells": {"one": {"tokenizer": 3}}}, "tokenizer=3: a name or a directory is needed"),
     "a list": ("[1, 2]", "the matrix is empty"),
     "no YAML": ("cells: {one", "while parsing"),
@@ -145,6 +152,11 @@ def test_a_missing_file_and_one_of_another_kind(tmp_path):
         read_matrix(tmp_path / "none.yaml")
     with pytest.raises(InputError, match=r"a \.yaml file is needed"):
         read_matrix(tmp_path / "matrix.json")
+
+
+def test_a_shape_on_the_command_line_is_said_to_be_from_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--synthetic: model shape 'llama9' is neither"):
+        read_matrix(write(tmp_path, ONE), synthetic="llama9")
 
 
 def test_the_command_line_cannot_set_what_a_cell_sets_for_itself(tmp_path):

@@ -94,6 +94,8 @@ def read_matrix(
     overrides: `section.key=value` for every cell. What else is given replaces the file's.
     """
     given = {"synthetic": synthetic, "tokenizer": tokenizer, "steps": steps, "warmup": warmup}
+    if synthetic is not None:
+        _check_shape(synthetic, "--synthetic")
     values = read_yaml(path, "matrix", "docs/benchmarks.md describes one")
     file = _parse(path, values if isinstance(values, dict) else {}, given)
     replaced = dict(_override(text) for text in overrides)
@@ -213,7 +215,7 @@ def _cell(
     run_settings = shared | {key: value for key, value in settings.items() if key not in CELL_KEYS}
     values = base.model_dump(mode="json")
     if own["synthetic"] is not None:
-        check_shape(own["synthetic"])
+        _check_shape(own["synthetic"], where)
         if "source" not in base.data.model_fields_set:
             values["data"]["source"] = "bundled"
     for key, value in run_settings.items():
@@ -226,6 +228,13 @@ def _cell(
         raise ConfigError(f"{where}: lora.enabled=false: a benchmark's steps train adapters; use lora.enabled=true")
     shown_settings = {key: value for key, value in settings.items() if CELL_KEYS.get(key) is not bool}
     return MatrixCell(name=name, settings=shown_settings, config=config, **own)
+
+
+def _check_shape(shape: str, where: str) -> None:
+    try:
+        check_shape(shape)
+    except InputError as error:
+        raise ConfigError(_with_place(where, error)) from None
 
 
 def _put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
