@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from packloop.bench.matrix import read_matrix, select_cells
+from packloop.bench.matrix import _NEEDED, _MatrixFile, read_matrix, select_cells
 from packloop.bench.session import make_plan
 from packloop.errors import ConfigError, InputError
 
@@ -95,7 +95,10 @@ FAULTS = {
     "empty": ({"base": {}}, "the matrix is empty"),
     "empty file": ("", "the matrix is empty"),
     "no cell in cells": ({"cells": {}}, "the matrix is empty"),
-    "axis without values": ({"axes": {"train.seed": []}}, "axes.train.seed"),
+    "axis without values": (
+        {"axes": {"train.seed": []}},
+        r"axes=\{'train.seed': \[\]\}: .* lists of values, .* is needed",
+    ),
     "all excluded": ({"axes": {"train.seed": [1]}, "exclude": [{"train.seed": 1}]}, "the matrix is empty"),
     "unknown key": (ONE | {"axis": {}}, r"axis=\{\}: no such key; nearest: axes"),
     "unknown setting": (
@@ -120,8 +123,20 @@ FAULTS = {
         {"axes": {"train.seed": [1]}, "exclude": [{"train.seed": 2}]},
         "leaves out nothing",
     ),
-    "steps": (ONE | {"steps": 0}, "steps=0"),
-    "gate": (ONE | {"gate": -1}, "gate=-1"),
+    "steps": (ONE | {"steps": 0}, "steps=0: a whole number of steps, 1 or more, is needed"),
+    "gate": (ONE | {"gate": -1}, "gate=-1: a tolerance above 0 in nats a label, or false is needed"),
+    "a number as base": (
+        ONE | {"base": 3},
+        r"^\S*matrix\.yaml: base=3: a configuration's path from this file, or a mapping of its sections is needed$",
+    ),
+    "a list as base": (ONE | {"base": ["run.yaml"]}, r"base=\['run.yaml'\]: a configuration's path"),
+    "a missing base": (
+        ONE | {"base": "run.yaml"},
+        r"matrix\.yaml: base run\.yaml: configuration '.*run.yaml' does not",
+    ),
+    "a number as cells": (ONE | {"cells": 3}, "cells=3: a mapping of names to settings"),
+    "a number as a cell": (ONE | {"cells": {"one": 3}}, r"cells=\{'one': 3\}: a mapping of names to settings"),
+    "a text as floor": (ONE | {"floor": "yes"}, "floor='yes': true or false is needed"),
     "no adapters": (
         ONE | {"cells": {"one": {"lora.enabled": False, "model.quantization": "none", "model.dtype": "float32"}}},
         "cell one: lora.enabled=false",
@@ -135,7 +150,7 @@ FAULTS = {
         r"^\S*matrix\.yaml: cell one: model shape '\./llama9' is neither",
     ),
     "tokenizer": ({"cells": {"one": {"tokenizer": 3}}}, "tokenizer=3: a name or a directory is needed"),
-    "a list": ("[1, 2]", "the matrix is empty"),
+    "a list": ("[1, 2]", r"a mapping of the matrix's keys \(base, set, .* is needed, given \[1, 2\]"),
     "no YAML": ("cells: {one", "while parsing"),
 }
 
@@ -145,6 +160,16 @@ def test_faults(tmp_path, values, message):
     with pytest.raises(InputError, match=message) as caught:
         read_matrix(write(tmp_path, values))
     assert "\n" not in str(caught.value)
+
+
+def test_every_key_of_the_file_has_words_for_what_it_needs():
+    assert set(_NEEDED) == set(_MatrixFile.model_fields)
+
+
+def test_faults_of_a_base_in_its_own_file_name_both_files(tmp_path):
+    (tmp_path / "run.yaml").write_text("train: {batch: 1}\n")
+    with pytest.raises(ConfigError, match=r"matrix\.yaml: base run\.yaml: train\.batch=1: no such setting"):
+        read_matrix(write(tmp_path, ONE | {"base": "run.yaml"}))
 
 
 def test_a_missing_file_and_one_of_another_kind(tmp_path):

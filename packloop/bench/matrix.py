@@ -54,6 +54,24 @@ class _MatrixFile(BaseModel):
     tokenizer: str | None = None
 
 
+# What a key's value must be, for messages.
+_NEEDED = {
+    "base": "a configuration's path from this file, or a mapping of its sections",
+    "set": "a mapping of settings, for example {train.seed: 1},",
+    "cells": "a mapping of names to settings, for example {fused: {kernels.layer: fused}},",
+    "axes": "a mapping of settings to lists of values, for example {train.seed: [0, 1]},",
+    "exclude": "a list of combinations, for example [{train.seed: 1}],",
+    "reference": "the name of a cell",
+    "gate": "a tolerance above 0 in nats a label, or false",
+    "warmup": "a whole number of steps, 0 or more,",
+    "steps": "a whole number of steps, 1 or more,",
+    "floor": "true or false",
+    "profile": "true or false",
+    "synthetic": "a shape's name or a directory",
+    "tokenizer": "a name or a directory",
+}
+
+
 class MatrixCell(BaseModel):
     """One cell. settings: what differs, by dotted key; synthetic None: the weights of the model itself."""
 
@@ -93,17 +111,21 @@ def read_matrix(
 
     overrides: `section.key=value` for every cell. What else is given replaces the file's.
     """
-    given = {"synthetic": synthetic, "tokenizer": tokenizer, "steps": steps, "warmup": warmup}
+    options = {"synthetic": synthetic, "tokenizer": tokenizer, "steps": steps, "warmup": warmup}
+    given = {key: value for key, value in options.items() if value is not None}
     if synthetic is not None:
         _check_shape(synthetic, "--synthetic")
     values = read_yaml(path, "matrix", "docs/benchmarks.md describes one")
-    file = _parse(path, values if isinstance(values, dict) else {}, given)
+    if values is not None and not isinstance(values, dict):
+        keys = ", ".join(_MatrixFile.model_fields)
+        raise ConfigError(f"{path}: a mapping of the matrix's keys ({keys}) is needed, given {shown(values)}")
+    file = _parse(path, values or {}, given)
     replaced = dict(_override(text) for text in overrides)
     shared = file.set | replaced
     cells = _named_cells(path, file)
     if not cells:
         raise ConfigError(f"{path}: the matrix is empty; give cells (name: settings) or axes (setting: values)")
-    _refuse_hidden(path, cells, {*replaced, *(key for key in CELL_KEYS if given.get(key) is not None)})
+    _refuse_hidden(path, cells, {*replaced, *(key for key in CELL_KEYS if key in given)})
     base = _base(path, file.base)
     made = [_cell(path, name, settings, base, shared, file) for name, settings in cells.items()]
     if file.reference is not None and file.reference not in cells:
@@ -128,28 +150,25 @@ def select_cells(matrix: Matrix, only: Sequence[str]) -> list[MatrixCell]:
 
 def _parse(path: Path, values: dict[str, Any], given: dict[str, Any]) -> _MatrixFile:
     try:
-        file = _MatrixFile.model_validate(values)
-        return file.model_validate(values | {key: value for key, value in given.items() if value is not None})
+        return _MatrixFile.model_validate(values | given)
     except ValidationError as error:
         lines = {}
         for fault in error.errors():
-            key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("literal", "constrained")))
             top = str(fault["loc"][0])
             if fault["type"] == "extra_forbidden":
-                words = f"no such key; {_choice(top, _MatrixFile.model_fields)}"
+                line = f"{top}={shown(fault['input'])}: no such key; {_choice(top, _MatrixFile.model_fields)}"
             else:
-                words = fault["msg"][0].lower() + fault["msg"][1:]
-            lines.setdefault(top, f"{path}: {key}={shown(fault['input'])}: {words}")
+                line = f"{top}={shown((values | given)[top])}: {_NEEDED[top]} is needed"
+            lines.setdefault(top, f"{path}: {line}")
         raise ConfigError("\n".join(lines.values())) from None
 
 
 def _base(path: Path, base: str | dict[str, Any] | None) -> RunConfig:
-    if isinstance(base, str):
-        return load_config(path.parent / base)
     try:
-        return parse_config(base or {})
-    except ConfigError as error:
-        raise ConfigError(_with_place(f"{path}: base", error)) from None
+        return load_config(path.parent / base) if isinstance(base, str) else parse_config(base or {})
+    except InputError as error:
+        place = f"base {base}" if isinstance(base, str) else "base"
+        raise type(error)(_with_place(f"{path}: {place}", error)) from None
 
 
 def _named_cells(path: Path, file: _MatrixFile) -> dict[str, dict[str, Any]]:
