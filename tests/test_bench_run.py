@@ -18,10 +18,12 @@ import yaml
 from typer.testing import CliRunner
 
 from packloop.bench import session as sessions
+from packloop.bench.cell import load_subject
 from packloop.bench.matrix import read_matrix
 from packloop.bench.results import load_cell, load_cells
 from packloop.bench.run import run_matrix
 from packloop.cli import app
+from packloop.config import parse_config
 from packloop.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,6 +210,28 @@ def test_without_a_gpu_cells_that_need_one_are_named_and_nothing_runs(tmp_path):
     ):
         run_matrix(matrix, tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "keys", "named"),
+    [
+        ({"tokenizer": "./none"}, {}, "--tokenizer"),
+        ({}, {"tokenizer": "./none"}, "{matrix}: tokenizer"),
+        ({}, {"cells": {"plain": {}, "own": {"tokenizer": "./none"}}}, "{matrix}: cell own: tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_named_by_what_said_so_and_nothing_runs(tmp_path, options, keys, named):
+    matrix = write(tmp_path, **({"cells": {"plain": {}}} | keys))
+    with pytest.raises(InputError) as refused:
+        run_matrix(matrix, tmp_path / "results", **options)
+    assert str(refused.value).startswith(f"{named.format(matrix=matrix)}='./none' cannot be loaded (")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_cell_s_own_process_does_not_blame_the_model_for_the_tokenizer():
+    with pytest.raises(InputError, match=r"^--tokenizer='\./none' cannot be loaded"):
+        load_subject(parse_config(TINY["base"]), "tiny", "./none")
 
 
 def test_a_process_that_cannot_start_ends_the_run_with_one_line(tmp_path):

@@ -68,7 +68,10 @@ def load_subject(config: RunConfig, synthetic: str | None, tokenizer: str | None
     """The base as `train` loads it, or a shape's with random weights. InputError where the tokens do not fit it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = tokenizer or (None if synthetic is None else "bundled")
-    made = load_tokenizer(config.model if source is None else ModelConfig(name_or_path=source))
+    if source is None:
+        made = load_tokenizer(config.model)
+    else:
+        made = load_tokenizer(ModelConfig(name_or_path=source), named="--tokenizer")
     if synthetic is None:
         base = load_base(config.model, device)
         shape = sessions.public(config.model.name_or_path)

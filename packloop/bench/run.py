@@ -48,6 +48,7 @@ def run_matrix(
     cells = select_cells(matrix, only)
     plan = sessions.make_plan(matrix, commit=commit)
     _check_gpu(cells)
+    _check_tokenizers(cells, path, "--tokenizer" if tokenizer is not None else f"{path}: tokenizer")
     with sessions.opened(output, plan), _terminated_as_interrupted():
         runner = _Runner(output, plan, command)
         runner.say(
@@ -240,6 +241,22 @@ def _check_gpu(cells: Sequence[MatrixCell]) -> None:
             f"no CUDA GPU here, and kernels.attention={needy[0].config.kernels.attention} needs one (cells {names}); "
             "run where there is one, or name other cells with --only"
         )
+
+
+def _check_tokenizers(cells: Sequence[MatrixCell], path: Path, of_all: str) -> None:
+    """InputError, before anything runs, for one that a cell names and that cannot be loaded. of_all: who names it."""
+    named = {}
+    for cell in cells:
+        if cell.tokenizer not in (None, "bundled"):
+            its_own = "tokenizer" in cell.settings
+            named.setdefault(cell.tokenizer, f"{path}: cell {cell.name}: tokenizer" if its_own else of_all)
+    if not named:
+        return
+    from packloop.config import ModelConfig
+    from packloop.engine.model import load_tokenizer
+
+    for source, where in named.items():
+        load_tokenizer(ModelConfig(name_or_path=source), named=where)
 
 
 class _terminated_as_interrupted:

@@ -29,12 +29,15 @@ def resolve_name(name_or_path: str) -> str:
     return str(files("packloop.bundled") / "model") if name_or_path == "bundled" else name_or_path
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (its EOS where it names none: labels never depend on it)."""
-    tokenizer = _from_hub(AutoTokenizer, config)
+def load_tokenizer(config: ModelConfig, *, named: str = "model.name_or_path") -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token (its EOS where it names none: labels never depend on it).
+
+    named: the setting or option that said which, for messages.
+    """
+    tokenizer = _from_hub(AutoTokenizer, config, named)
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"model.name_or_path={config.name_or_path!r}: its tokenizer has no EOS token, which ends every document; "
+            f"{named}={config.name_or_path!r}: its tokenizer has no EOS token, which ends every document; "
             "set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
@@ -113,8 +116,11 @@ def load_model(model: ModelConfig, lora: LoraConfig, device: torch.device) -> Pe
     return attach_adapter(base, lora, base_name=model.name_or_path)
 
 
-def _from_hub(cls, source: ModelConfig, /, **kwargs):
-    """`cls.from_pretrained` with the run's source; its failures as one line that says what to do."""
+def _from_hub(cls, source: ModelConfig, named: str = "model.name_or_path", /, **kwargs):
+    """`cls.from_pretrained` with the run's source; its failures as one line that says what to do.
+
+    named: the setting that the source comes from.
+    """
     name = resolve_name(source.name_or_path)
     if source.trust_remote_code:
         kwargs["trust_remote_code"] = True
@@ -123,6 +129,6 @@ def _from_hub(cls, source: ModelConfig, /, **kwargs):
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"model.name_or_path={source.name_or_path!r} cannot be loaded ({reason}); "
+            f"{named}={source.name_or_path!r} cannot be loaded ({reason}); "
             "give a local directory or a Hub name that this machine can reach, logged in where the model is gated"
         ) from error
