@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from bench_cells import cell, conditions, figures
 
 from packloop import cli
 from packloop.bench.compare import compare_directories, describe_comparison, rate_ratio
-from packloop.bench.results import Cell, save_cell
+from packloop.bench.results import Cell, load_cell, save_cell
 from packloop.errors import ConfigError, InputError
 
 
@@ -130,6 +131,53 @@ def test_commit_date_clocks_and_packloop_s_version_may_differ(tmp_path):
     )
     verdict = judged(tmp_path, cell("a"), cell("a", conditions=after, session="another"))
     assert not verdict.is_failure
+
+
+AUTO = {"kernels": {"dequant_cache": "auto", "layer": "auto"}, "train": {"gradient_accumulation_steps": 2}}
+
+
+def settled(cached: int, asked: dict | None = AUTO, **changes) -> Cell:
+    """A cell whose `auto` became the fused layer and that many cached layers."""
+    config = {"kernels": {"dequant_cache": cached, "layer": "fused"}, "train": {"gradient_accumulation_steps": 2}}
+    return cell("a", asked=asked, config=config, **changes)
+
+
+def test_what_was_asked_for_is_compared_and_what_auto_chose_is_told(tmp_path):
+    def compared(name: str, before: Cell, after: Cell):
+        sides = saved(tmp_path / name / "a", before), saved(tmp_path / name / "b", after)
+        return compare_directories(*sides, fail_below=0.97)
+
+    comparison = compared("auto", settled(31), settled(32))
+    assert comparison.choices == {"a": ["kernels.dequant_cache: 31 -> 32"]}
+    assert not comparison.differences
+    shown = describe_comparison(comparison)
+    assert "auto chose otherwise in B, a: kernels.dequant_cache: 31 -> 32" in shown
+    assert shown.endswith("passed: 1 cells")
+    assert not compared("same", settled(31), settled(31)).choices
+    # The same choice, but in B it was asked for.
+    fixed = {**AUTO, "kernels": {"dequant_cache": 31, "layer": "auto"}}
+    with pytest.raises(ConfigError, match=r"config\.kernels\.dequant_cache: auto -> 31;"):
+        compared("fixed", settled(31), settled(31, fixed))
+    lost = cell("a", None, status="out_of_memory", reason="no room", config=AUTO, asked=AUTO)
+    comparison = compared("lost", settled(31), lost)
+    assert comparison.failures
+    assert not comparison.choices
+
+
+def test_a_side_that_does_not_tell_what_was_asked_is_held_to_what_it_ran(tmp_path):
+    for name, sides in {"before": (None, AUTO), "after": (AUTO, None), "both": (None, None)}.items():
+        same = [settled(31, asked) for asked in sides]
+        assert judged(tmp_path / name / "same", *same).words == "no change that counts"
+        with pytest.raises(ConfigError, match=r"config\.kernels\.dequant_cache: 31 -> 32;"):
+            judged(tmp_path / name / "other", settled(31, sides[0]), settled(32, sides[1]))
+
+
+def test_a_cell_s_file_from_before_what_was_asked_was_recorded_is_read(tmp_path):
+    path = save_cell(tmp_path, settled(31))
+    values = json.loads(path.read_text())
+    assert values.pop("asked") == AUTO
+    path.write_text(json.dumps(values))
+    assert load_cell(path) == settled(31, None)
 
 
 def test_a_lower_power_limit_is_another_condition(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from bench_cells import cell, conditions
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -95,6 +96,20 @@ def test_every_cell_is_in_both_forms_with_reason_and_conditions(results, tmp_pat
     config = (tmp_path / "out" / "conditions" / "one-packloop-fused-6.yaml").read_text(encoding="utf-8")
     assert "per_device_train_batch_size: 6" in config
     assert "commit: abcdef0123456789" in config
+
+
+def test_the_conditions_of_a_row_say_what_auto_chose(tmp_path):
+    asked = {"kernels": {"layer": "auto", "attention": "sdpa"}, "train": {"gradient_checkpointing": "auto"}}
+    config = {"kernels": {"layer": "fused", "attention": "sdpa"}, "train": {"gradient_checkpointing": 3}}
+    save_cell(tmp_path / "results", cell("a", asked=asked, config=config))
+    save_cell(tmp_path / "results", cell("b", config=config))
+    write_report([tmp_path / "results"], tmp_path / "report")
+    one, other = (
+        yaml.safe_load((tmp_path / f"report/conditions/one-packloop-{name}.yaml").read_text()) for name in "ab"
+    )
+    assert one["chosen_by_auto"] == ["kernels.layer", "train.gradient_checkpointing"]
+    assert "asked" not in one
+    assert "chosen_by_auto" not in other
 
 
 def test_a_wrong_cell_has_no_rate_in_any_table(results, tmp_path):

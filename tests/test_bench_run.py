@@ -113,6 +113,8 @@ def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped):
     assert (plain.figures.warmup_steps, plain.figures.timed_steps) == (1, 3)
     assert plain.figures.slot_tokens_per_step == 2 * 64
     assert plain.config["kernels"]["layer"] == "fused", "what auto chose"
+    assert plain.asked["kernels"]["layer"] == "auto"
+    assert plain.asked["bench"] == plain.config["bench"]
     assert plain.config["bench"] == {"synthetic": "tiny", "tokenizer": None, "warmup": 1, "steps": 3}
     assert plain.loss_gate is None
     assert plain.floor.fraction > 0
@@ -125,6 +127,7 @@ def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped):
     too_long_cell = cells["too-long"]
     assert too_long_cell.status == "out_of_memory"
     assert "can't allocate memory" in too_long_cell.reason
+    assert too_long_cell.asked == too_long_cell.config
     assert too_long_cell.settings["data.source"] == "long.jsonl", "no folders of the machine"
     failed = cells["wrong-target"]
     assert failed.status == "failed"

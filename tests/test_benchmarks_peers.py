@@ -164,7 +164,8 @@ def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsy
     their_cell, ours_cell = load_cells(tmp_path / "out" / "all-linear-unsloth")
     assert (ours_cell.who, ours_cell.status, ours_cell.figures.timed_steps) == ("packloop", "measured", 2)
     assert ours_cell.settings["lora.target_modules"] == "all-linear"
-    assert ours_cell.config["data"]["source"] == "rows.json"
+    assert ours_cell.config["data"]["source"] == ours_cell.asked["data"]["source"] == "rows.json"
+    assert ours_cell.asked["kernels"]["layer"] == "auto" != ours_cell.config["kernels"]["layer"]
     assert (their_cell.who, their_cell.status) == ("Unsloth", "failed")
     assert "GPU" in their_cell.reason
     assert their_cell.session == ours_cell.session

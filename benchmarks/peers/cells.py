@@ -60,6 +60,7 @@ def make_cell(rows: list[Row], *, session: str, shape: str, all_rows: list[Row])
         shape=shape,
         settings=_shown(settings, ours=row["who"] == "packloop"),
         config=row.get("config", {key: value for key, value in settings.items() if key not in _OF_THE_RUN}),
+        asked=row.get("asked"),
         figures=_figures(measured) if measured else None,
         memory=_memory(measured),
         floor=_floor(measured),

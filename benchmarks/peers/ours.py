@@ -66,19 +66,18 @@ class Packloop:
         self._resolved: dict[str, RunConfig] = {}
 
     def turn(self, arguments: argparse.Namespace) -> dict[str, Any]:
-        config = run_config(arguments)
-        asked = config.model_dump_json()
+        asked = config = run_config(arguments)
         of_data = config.data.model_dump_json()
         if of_data not in self._data:
             self._data[of_data] = build_data(config.data, self._tokenizer, seed=0)
-        config = self._resolved.get(asked, config)
+        config = self._resolved.get(asked.model_dump_json(), config)
         job = steps.Job(config, self._base, self._data[of_data], self._tokenizer.pad_token_id)
         try:
             row = self._run(job, arguments)
-            self._resolved[asked] = job.config
+            self._resolved[asked.model_dump_json()] = job.config
         finally:
             job.close()
-        return row
+        return {**row, "asked": shown_config(asked)}
 
     def _run(self, job: steps.Job, arguments: argparse.Namespace) -> dict[str, Any]:
         first = job.next_window()

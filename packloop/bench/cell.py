@@ -135,6 +135,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
         num_parameters=count_parameters(subject.architecture),
         settings=sessions.public(cell.settings),
         config=sessions.described_config(taken.config.model_dump(mode="json"), plan, cell),
+        asked=sessions.described_config(cell.config, plan, cell),
         figures=Figures(**taken.figures),
         memory=None if taken.memory is None else Memory(**taken.memory),
         flops=flop_figures(

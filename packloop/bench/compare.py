@@ -56,10 +56,14 @@ class Verdict:
 
 @dataclass
 class Comparison:
-    """All cells of both sides. differences: condition -> values, those allowed to differ included."""
+    """All cells of both sides. differences: condition -> values, those allowed to differ included.
+
+    choices: cell -> what `auto` chose otherwise in B, `kernels.dequant_cache: 31 -> 32`, where the same was asked for.
+    """
 
     verdicts: list[Verdict]
     differences: dict[str, list[str]] = field(default_factory=dict)
+    choices: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[Verdict]:
@@ -81,7 +85,9 @@ def compare_directories(
     if refused:
         raise ConfigError(_refusal(refused))
     names = list(dict.fromkeys([*sides[0], *sides[1]]))
-    return Comparison([_judge(name, sides[0].get(name), sides[1].get(name), fail_below) for name in names], differences)
+    verdicts = [_judge(name, sides[0].get(name), sides[1].get(name), fail_below) for name in names]
+    choices = {name: _choices(sides[0][name], sides[1][name]) for name in names if all(name in side for side in sides)}
+    return Comparison(verdicts, differences, {name: found for name, found in choices.items() if found})
 
 
 def _by_name(directory: Path) -> dict[str, Cell]:
@@ -94,7 +100,7 @@ def _differences(before: dict[str, Cell], after: dict[str, Cell]) -> dict[str, l
     """Condition -> the differing values of each cell that has them, as `A -> B`, every distinct one once."""
     found: dict[str, list[str]] = {}
     for name in before.keys() & after.keys():
-        left, right = conditions_of(before[name]), conditions_of(after[name])
+        left, right = _conditions(before[name], after[name]), _conditions(after[name], before[name])
         if before[name].figures and after[name].figures:
             left, right = left | _workload(before[name].figures), right | _workload(after[name].figures)
         for key in sorted(left.keys() | right.keys()):
@@ -105,13 +111,30 @@ def _differences(before: dict[str, Cell], after: dict[str, Cell]) -> dict[str, l
     return dict(sorted(found.items()))
 
 
-def conditions_of(cell: Cell) -> dict[str, Any]:
-    """What two cells must share for their rates to be comparable, flat, by dotted key."""
+def _conditions(cell: Cell, other: Cell) -> dict[str, Any]:
+    """What the cell must share with `other` for their rates to be comparable, flat, by dotted key.
+
+    Of the configuration what was asked for; what came of it where one of the two does not tell what was asked for.
+    """
     found: dict[str, Any] = {"shape": cell.shape, "who": cell.who}
     found |= dict(_flat(cell.conditions.model_dump(mode="json")))
-    found |= {f"config.{key}": value for key, value in _flat(cell.config)}
+    config = cell.config if cell.asked is None or other.asked is None else cell.asked
+    found |= {f"config.{key}": value for key, value in _flat(config)}
     found["power_limit_w"] = cell.conditions.before.power_limit_w if cell.conditions.before else None
     return {key: value for key, value in found.items() if not any(_is_under(key, natural) for natural in _NATURAL)}
+
+
+def _choices(before: Cell, after: Cell) -> list[str]:
+    """What was settled otherwise from the same request, of two cells that were measured."""
+    if before.asked is None or after.asked is None or not (before.figures and after.figures):
+        return []
+    asked = [dict(_flat(cell.asked)) for cell in (before, after)]
+    chosen = [dict(_flat(cell.config)) for cell in (before, after)]
+    return [
+        f"{key}: {value} -> {chosen[1].get(key)}"
+        for key, value in chosen[0].items()
+        if value != chosen[1].get(key) and asked[0].get(key) == asked[1].get(key)
+    ]
 
 
 def _workload(figures: Figures) -> dict[str, float]:
@@ -248,8 +271,9 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def describe_comparison(comparison: Comparison) -> str:
-    """The table, the conditions that were allowed to differ, and one line of result."""
+    """The table, what `auto` chose otherwise, the conditions that were allowed to differ, and one line of result."""
     lines = [markdown_table(comparison_table(comparison)), ""]
+    lines += [f"auto chose otherwise in B, {name}: {', '.join(found)}" for name, found in comparison.choices.items()]
     lines += [f"allowed to differ: {key}: {', '.join(values[:3])}" for key, values in comparison.differences.items()]
     failed = [verdict.name for verdict in comparison.failures]
     total = len(comparison.verdicts)

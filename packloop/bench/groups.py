@@ -110,6 +110,16 @@ def setting(cell: Cell, dotted: str) -> Any:
     return cell.settings.get(dotted) if value is None else value
 
 
+def chosen_by_auto(cell: Cell) -> list[str]:
+    """Dotted keys of what was settled for the cell; none where it does not tell what was asked for."""
+    return [
+        f"{section}.{key}"
+        for section, values in (cell.asked or {}).items()
+        for key, value in values.items()
+        if value == "auto" and cell.config[section][key] != "auto"
+    ]
+
+
 def _first(cell: Cell, keys: tuple[str, ...]) -> Any:
     return next((value for key in keys if (value := setting(cell, key)) is not None), None)
 

@@ -31,7 +31,7 @@ from packloop.bench.document import (
     Picture,
     write_document,
 )
-from packloop.bench.groups import Group, groups_of, reference_of
+from packloop.bench.groups import Group, chosen_by_auto, groups_of, reference_of
 from packloop.bench.plots import memory_plot, rate_of, rates_plot, time_plot
 from packloop.bench.prices import Instance, load_prices
 from packloop.bench.results import Cell, Conditions, load_cells
@@ -210,7 +210,9 @@ def _attachments(cells: list[Cell]) -> Attachments:
             raise InputError(
                 f"the cell {cell.name!r} of session {cell.session!r} is given twice; name each results directory once"
             )
-        what = cell.model_dump(mode="json", exclude={"figures": {"step_ms_all", "losses"}})
+        what = cell.model_dump(mode="json", exclude={"figures": {"step_ms_all", "losses"}, "asked": True})
+        if cell.asked is not None:
+            what["chosen_by_auto"] = chosen_by_auto(cell)
         first = {key: what.pop(key) for key in ("name", "who", "session", "status", "reason", "shape", "conditions")}
         text = yaml.safe_dump(first | what, sort_keys=False, allow_unicode=True)
         key = _slug(f"{cell.session} {cell.who} {cell.name}")

@@ -143,6 +143,7 @@ class Cell(Record):
 
     session: cells of one session ran beside each other, and only those share a chart. settings: dotted keys in which
     the cell differs from its matrix's base. config: the whole resolved configuration; of a peer, its own settings.
+    asked: the configuration before `auto` was settled; None where that was not recorded, or where nothing is settled.
     status wrong: the loss gate failed, so its rate says nothing.
     """
 
@@ -156,6 +157,7 @@ class Cell(Record):
     num_parameters: int | None = None
     settings: dict[str, Any]
     config: dict[str, Any]
+    asked: dict[str, Any] | None = None
     figures: Figures | None = None
     memory: Memory | None = None
     flops: Flops | None = None

@@ -156,6 +156,7 @@ class _Runner:
         if conditions is None:
             raise InputError(f"the process of cell {name} cannot start: {reason}")
         planned = self._plan.cell(name)
+        asked = sessions.described_config(planned.config, self._plan, planned)
         shape = planned.synthetic or planned.config["model"]["name_or_path"]
         result = Cell(
             name=name,
@@ -164,7 +165,8 @@ class _Runner:
             reason=reason,
             shape=Path(shape).name if Path(shape).is_absolute() else shape,
             settings=sessions.public(planned.settings),
-            config=sessions.described_config(planned.config, self._plan, planned),
+            config=asked,
+            asked=asked,
             conditions=conditions,
         )
         save_cell(self._directory, result)

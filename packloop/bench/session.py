@@ -177,7 +177,7 @@ def load_reference(directory: Path, key: str) -> gates.Reference | None:
 
 
 def described_config(config: dict[str, Any], plan: Plan, cell: CellPlan) -> dict[str, Any]:
-    """The whole configuration of a result, with what the benchmark itself was told; directories by their last name."""
+    """A configuration, settled or as asked for, as a result has it: with what the benchmark was told, no folders."""
     told = {"synthetic": cell.synthetic, "tokenizer": cell.tokenizer, "warmup": plan.warmup, "steps": plan.steps}
     return public({**config, "bench": told})
 
