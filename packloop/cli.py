@@ -302,13 +302,16 @@ def compare(
         list[str] | None, typer.Option(metavar="KEY|all", help="A condition that may differ; may be repeated.")
     ] = None,
 ) -> None:
-    """Fail (exit code 1) where B is slower than A, needs more memory or has lost a cell."""
+    """Fail (exit code 1) where B is slower than A, needs more memory or has lost a cell.
+
+    Exit code 2 where they cannot be compared: run under different conditions, or with too few timed steps to judge.
+    """
     from packloop.bench.compare import compare_directories, describe_comparison
 
     comparison = compare_directories(before, after, fail_below=fail_below, allow_different=allow_different or ())
     typer.echo(describe_comparison(comparison))
-    if comparison.failures:
-        raise typer.Exit(1)
+    if comparison.failures or comparison.unjudged:
+        raise typer.Exit(1 if comparison.failures else 2)
 
 
 def main() -> None:

@@ -6,12 +6,15 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bench_cells import cell, conditions, figures
+from typer.testing import CliRunner
 
 from packloop import cli
-from packloop.bench.compare import compare_directories, describe_comparison, rate_ratio
-from packloop.bench.results import Cell, load_cell, save_cell
+from packloop.bench.compare import FEWEST_STEPS, compare_directories, describe_comparison, rate_ratio
+from packloop.bench.results import Cell, Figures, load_cell, save_cell
+from packloop.bench.steps import Lap, lap_figures
 from packloop.errors import ConfigError, InputError
 
 
@@ -21,10 +24,19 @@ def saved(directory: Path, *cells: Cell) -> Path:
     return directory
 
 
+def compared(tmp_path: Path, before: Cell, after: Cell, **options):
+    options = {"fail_below": 0.97} | options
+    return compare_directories(saved(tmp_path / "a", before), saved(tmp_path / "b", after), **options)
+
+
+def exit_code(*words: str | Path) -> int:
+    """Of `packloop bench` with these words."""
+    return CliRunner().invoke(cli.app, ["bench", *map(str, words)]).exit_code
+
+
 def judged(tmp_path: Path, before: Cell, after: Cell, **options):
     """The verdict on one pair."""
-    options = {"fail_below": 0.97} | options
-    (verdict,) = compare_directories(saved(tmp_path / "a", before), saved(tmp_path / "b", after), **options).verdicts
+    (verdict,) = compared(tmp_path, before, after, **options).verdicts
     return verdict
 
 
@@ -50,6 +62,56 @@ def test_the_interval_widens_with_the_noise_and_is_the_same_each_time():
     first, second = rate_ratio(quiet, quiet), rate_ratio(loud, loud)
     assert second.high - second.low > 5 * (first.high - first.low) > 0
     assert rate_ratio(loud, loud) == second
+
+
+def test_the_interval_holds_what_it_says_from_the_fewest_steps_on():
+    """Of two equal sides in normal noise, and in noise with long tails; with 3 steps it would not."""
+    generator = np.random.default_rng(3)
+    draws = {
+        "normal": lambda size: 1 + 0.01 * generator.standard_normal(size),
+        "long tails": lambda size: np.exp(0.01 * np.exp(0.8 * generator.standard_normal(size))),
+    }
+    coverage = {}
+    for name, draw in draws.items():
+        for steps in (3, FEWEST_STEPS):
+            held = 0
+            for _ in range(250):
+                ratio = rate_ratio(*(cell("a", figures=of_steps(draw(steps))) for _ in range(2)))
+                held += ratio.low <= 1 <= ratio.high
+            coverage[name, steps] = held / 250
+    assert min(coverage[name, FEWEST_STEPS] for name in draws) >= 0.94
+    assert max(coverage[name, 3] for name in draws) < 0.93
+
+
+def of_steps(relative_ms: np.ndarray) -> Figures:
+    laps = [Lap(float(ms) * 1e3, 16000, 16384, 15900, 1.0) for ms in relative_ms]
+    return Figures(**lap_figures(laps, 0))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_with_too_few_steps_nothing_is_judged_and_the_exit_code_says_so(tmp_path, steps):
+    before, after = (cell("x", figures=figures(rate, steps=steps)) for rate in (10000, 5000))
+    comparison = compared(tmp_path, before, after)
+    assert (comparison.failures, [verdict.name for verdict in comparison.unjudged]) == ([], ["x"])
+    shown = describe_comparison(comparison)
+    assert f"NOT JUDGED: {steps} timed steps, 5 are needed" in shown
+    columns = [entry.strip() for entry in shown.splitlines()[2].split("|")[1:-1]]
+    assert columns[3:5] == ["0.500", ""], "the ratio is told, without an interval"
+    assert shown.splitlines()[-1].startswith("NOT JUDGED: 1 of 1 cell: x: too few timed steps")
+    assert "--steps 5" in shown
+    assert exit_code("compare", tmp_path / "a", tmp_path / "b") == 2
+
+
+def test_too_few_steps_hide_no_failure(tmp_path):
+    few = figures(10000, steps=3)
+    sides = [tmp_path / "a", tmp_path / "b"]
+    saved(sides[0], cell("x", figures=few, peak_gib=20), cell("gone"))
+    saved(sides[1], cell("x", figures=few, peak_gib=30))
+    comparison = compare_directories(*sides, fail_below=0.97)
+    assert {verdict.name for verdict in comparison.failures} == {"x", "gone"}
+    assert "NOT JUDGED: 3 timed steps, 5 are needed; MEMORY grew by 50.0%" in describe_comparison(comparison)
+    assert describe_comparison(comparison).splitlines()[-1] == "FAILED: 2 of 2 cells: gone, x"
+    assert exit_code("compare", *sides) == 1
 
 
 def test_warm_up_steps_do_not_count():
@@ -143,23 +205,19 @@ def settled(cached: int, asked: dict | None = AUTO, **changes) -> Cell:
 
 
 def test_what_was_asked_for_is_compared_and_what_auto_chose_is_told(tmp_path):
-    def compared(name: str, before: Cell, after: Cell):
-        sides = saved(tmp_path / name / "a", before), saved(tmp_path / name / "b", after)
-        return compare_directories(*sides, fail_below=0.97)
-
-    comparison = compared("auto", settled(31), settled(32))
+    comparison = compared(tmp_path / "auto", settled(31), settled(32))
     assert comparison.choices == {"a": ["kernels.dequant_cache: 31 -> 32"]}
     assert not comparison.differences
     shown = describe_comparison(comparison)
     assert "auto chose otherwise in B, a: kernels.dequant_cache: 31 -> 32" in shown
-    assert shown.endswith("passed: 1 cells")
-    assert not compared("same", settled(31), settled(31)).choices
+    assert shown.endswith("passed: 1 cell")
+    assert not compared(tmp_path / "same", settled(31), settled(31)).choices
     # The same choice, but in B it was asked for.
     fixed = {**AUTO, "kernels": {"dequant_cache": 31, "layer": "auto"}}
     with pytest.raises(ConfigError, match=r"config\.kernels\.dequant_cache: auto -> 31;"):
-        compared("fixed", settled(31), settled(31, fixed))
+        compared(tmp_path / "fixed", settled(31), settled(31, fixed))
     lost = cell("a", None, status="out_of_memory", reason="no room", config=AUTO, asked=AUTO)
-    comparison = compared("lost", settled(31), lost)
+    comparison = compared(tmp_path / "lost", settled(31), lost)
     assert comparison.failures
     assert not comparison.choices
 
@@ -193,7 +251,6 @@ def test_a_lower_power_limit_is_another_condition(tmp_path):
         (lambda a, b: saved(a, cell("x")), InputError, "no such directory"),
         (lambda a, b: (saved(a, cell("x")), b.mkdir()), InputError, "no cells"),
         (lambda a, b: (saved(a, cell("x")), _other_version(b)), InputError, "schema version 7, this packloop reads 1"),
-        (lambda a, b: [saved(side, cell("x", figures=figures(1, steps=2))) for side in (a, b)], InputError, "2 timed"),
     ],
 )
 def test_results_that_cannot_be_compared_get_one_line(tmp_path, arrange, error, words):
