@@ -6,9 +6,10 @@
 
 Models have random weights and are made in memory, once a shape; each configuration takes two steps to warm up and
 three that count. --calibrate measures what the predictions rest on: each kind of work by itself, and a few whole steps
-with their GPU time by kernel. --compare needs no GPU: it predicts what a file of measurements holds and fails where a
-prediction is off by more than 5 % of reserved memory or 10 % of tokens a second; what calibrated it is no test of it.
-Every result is printed and written as soon as it is there. `--shape tiny` goes through the same motions on a CPU.
+with their GPU time by class, as `packloop profile` tells classes apart, and by kernel. --compare needs no GPU: it
+predicts what a file of measurements holds and fails where a prediction is off by more than 5 % of reserved memory or
+10 % of tokens a second; what calibrated it is no test of it. Every result is printed and written as soon as it is
+there. `--shape tiny` goes through the same motions on a CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,9 +30,9 @@ import torch
 from benchmarks import plan_cases
 from benchmarks.plan_cases import Case
 from packloop.bench import calibration, plan_check
-from packloop.bench.kernel_classes import likely_class
 from packloop.bench.plan_check import check_recorded
 from packloop.bench.probe import Probe, probe
+from packloop.bench.profile import trace_step
 from packloop.bench.steps import synchronize
 from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import DataConfig, ModelConfig, RunConfig
@@ -211,37 +213,20 @@ def add(bench: Bench, measurements: Iterable[calibration.Measurement]) -> None:
 
 
 def profile(step: Callable, window: list) -> dict[str, Any]:
-    """GPU time of one step by class and by kernel, of its products by shape, and its allocations."""
-    if not torch.cuda.is_available():
-        return {}
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-
-    with torch.profiler.profile(
-        activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True, acc_events=True
-    ) as profiler:
-        lap = step(window)
-        synchronize()
-    kernels: dict[str, list[float]] = {}
-    for event in profiler.events():
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            entry = kernels.setdefault(event.name, [0, 0.0])
-            entry[0], entry[1] = entry[0] + 1, entry[1] + event.time_range.elapsed_us() / 1e3
-    classes: dict[str, float] = {}
-    for name, (_, ms) in kernels.items():
-        classes[likely_class(name)] = classes.get(likely_class(name), 0.0) + ms
-    products = [
-        [average.key, str(average.input_shapes[:3]), average.count, round(average.self_device_time_total / 1e3, 4)]
-        for average in profiler.key_averages(group_by_input_shape=True)
-        if average.key in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm") and average.self_device_time_total
-    ]
-    longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:_LISTED]
+    """Time of one step by class and by kernel, of its products by shape, and the GPU's allocations in another."""
+    with tempfile.TemporaryDirectory() as directory:
+        lap, breakdown = trace_step(step, window, Path(directory) / "trace.json")
+    kernels, products = (
+        sorted(tallies.items(), key=lambda item: -item[1].ms)[:_LISTED]
+        for tallies in (breakdown.kernels, breakdown.products)
+    )
     return {
         "profiled_step_ms": lap.ms,
-        "class_ms": {name: round(ms, 3) for name, ms in classes.items()},
-        "kernels": [[name[:120], count, round(ms, 4)] for name, (count, ms) in longest],
-        "products": sorted(products, key=lambda product: -product[3])[:_LISTED],
-        "allocations": allocations(step, window),
+        "class_ms": {name: round(ms, 3) for name, ms in breakdown.by_class_ms().items()},
+        "phase_ms": {name: round(ms, 3) for name, ms in breakdown.by_phase_ms().items()},
+        "kernels": [[name[:120], cls, tally.count, round(tally.ms, 4)] for (name, cls), tally in kernels],
+        "products": [[name, shapes, tally.count, round(tally.ms, 4)] for (name, shapes), tally in products],
+        "allocations": allocations(step, window) if torch.cuda.is_available() else [],
     }
 
 

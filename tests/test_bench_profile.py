@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packloop.bench.breakdown import StepBreakdown, average_parts
+from packloop.bench.breakdown import StepBreakdown, average_parts, unknown_kernels
 from packloop.bench.kernel_classes import CLASSES, is_gemm, likely_class
 from packloop.bench.labels import Label
 from packloop.bench.results import Ceilings
@@ -166,7 +166,16 @@ def test_kernels_of_a_gpu_are_told_apart_by_what_launched_them():
     }
     assert step.busy_ms == pytest.approx(2.49)
     assert step.unattributed_ms == pytest.approx(0.02)
-    assert step.unknown == {"never launched": (pytest.approx(0.01), 1)}
+    assert unknown_kernels([step]) == [("never launched", pytest.approx(0.01), 1)]
+    kernels = {key: (pytest.approx(tally.ms), tally.count) for key, tally in step.kernels.items()}
+    assert len(kernels) == 10
+    assert kernels["nvjet_joined", "base GEMM"] == (1.0, 1)
+    assert kernels["nvjet_adapters", "LoRA"] == (0.05, 1)
+    assert kernels["void at::native::reduce_kernel<...>", "optimizer"] == (0.02, 1)
+    products = {key: (pytest.approx(tally.ms), tally.count) for key, tally in step.products.items()}
+    assert len(products) == 5
+    assert products[mm, "[100, 80] x [80, 64]"] == (1.0, 1)
+    assert products["aten::addmm_", "[100, 80] x [80, 64]"] == (0.3, 1)
     parts = {
         (part.phase, part.cls): part
         for part in average_parts([step], Ceilings(gemm_tflops=0.002, copy_tb_per_s=0.01), {"forward": 1.0})
@@ -179,6 +188,16 @@ def test_kernels_of_a_gpu_are_told_apart_by_what_launched_them():
     assert parts["backward", "LoRA"].tflop == pytest.approx(2 * 100 * 16 * 64 / 1e12)
     assert parts["backward", "other"].floor_ms is None
     assert parts["update", "copies"].floor_ms is None
+
+
+def test_a_product_of_several_kernels_is_one_product():
+    product = event("cpu_op", "aten::mm", 10, 20, **{"Input Dims": [[8, 4], [4, 2]]})
+    kernels = [*launched("splitK", 100, 50, at=12), *launched("splitKreduce", 150, 10, at=20)]
+    step = StepBreakdown(trace_of([product, *kernels, event("cpu_op", "aten::mm", 40, 5, **product["args"])]))
+    ((key, tally),) = step.products.items()
+    assert key == ("aten::mm", "[8, 4] x [4, 2]")
+    assert (tally.ms, tally.count) == (pytest.approx(0.06), 1)
+    assert {name: tally.count for (name, _), tally in step.kernels.items()} == {"splitK": 1, "splitKreduce": 1}
 
 
 def test_backward_of_stock_code_is_led_back_to_its_forward_by_sequence_number():

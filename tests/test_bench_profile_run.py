@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -128,6 +129,26 @@ def test_one_step_of_a_cell_is_busy_with_known_classes(tiny_job):
     assert 0 < profile.busy_ms <= profile.step_ms
     assert profile.idle_share == pytest.approx(1 - profile.busy_ms / profile.step_ms)
     assert longer.idle_share > 0.9
+
+
+def test_calibration_tells_classes_apart_as_a_profile_does(tiny_job, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1])
+    from benchmarks import check_plan
+
+    job = tiny_job(train={"gradient_checkpointing": "all"})
+    with job.stepping() as step:
+        step(job.next_window())
+        found = check_plan.profile(step, job.next_window())
+    assert set(found["class_ms"]) <= set(CLASSES)
+    # None of these operators' names says that.
+    of_head = {name for name, cls, _, _ in found["kernels"] if cls == "head + loss"}
+    assert {"aten::mm", "aten::sub"} <= of_head
+    assert {cls for name, cls, _, _ in found["kernels"] if name.startswith("aten::")} >= {"LoRA", "norms"}
+    assert sum(found["class_ms"].values()) == pytest.approx(sum(found["phase_ms"].values()), abs=0.02)
+    assert set(found["phase_ms"]) == {"forward", "recomputation", "backward", "update"}
+    of_logits = [count for name, shapes, count, _ in found["products"] if shapes.endswith(f" x [{HIDDEN}, 32000]")]
+    assert sum(of_logits) == 2  # micro-batches, a chunk each
+    assert found["allocations"] == []
 
 
 @pytest.fixture

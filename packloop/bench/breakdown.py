@@ -80,11 +80,30 @@ class Sums:
         return (seconds + loose / (ceilings.gemm_tflops * 1e12)) * 1e3
 
 
+@dataclass
+class Tally:
+    """Milliseconds of what goes by one name, and how many of them there were."""
+
+    ms: float = 0.0
+    _members: set[int] = field(default_factory=set)
+
+    @property
+    def count(self) -> int:
+        return len(self._members)
+
+    def add(self, ms: float, member: object) -> None:
+        """member: what the time belongs to; it counts once, and outlives the tally."""
+        self.ms += ms
+        self._members.add(id(member))
+
+
 class StepBreakdown:
     """One profiled step.
 
-    parts: (phase, class) -> sums. rebuilt_ms: of norms made again in backward because they were not kept. unknown: name
-    -> (ms, count) of what is `other`. unattributed_ms: of kernels that could not be led back to the host.
+    parts: (phase, class) -> sums. rebuilt_ms: of norms made again in backward because they were not kept.
+    unattributed_ms: of kernels that could not be led back to the host. kernels: (name, class) -> those kernels; a
+    product that is the base's and the adapters' in one is the base's here. products: (operator, shapes of its operands)
+    -> those matrix products, however many kernels each took.
     """
 
     def __init__(self, trace: Trace):
@@ -92,7 +111,8 @@ class StepBreakdown:
         self._labels = {id(one): label for one in trace.ranges if one.is_label and (label := Label.parse(one.name))}
         self.is_gpu = trace.is_gpu
         self.parts: dict[tuple[str, str], Sums] = defaultdict(Sums)
-        self.unknown: dict[str, tuple[float, int]] = {}
+        self.kernels: dict[tuple[str, str], Tally] = defaultdict(Tally)
+        self.products: dict[tuple[str, str], Tally] = defaultdict(Tally)
         self.rebuilt_ms = self.unattributed_ms = 0.0
         # One operator may launch several kernels, and one product be made of others: FLOPs count once.
         self._counted = {
@@ -131,6 +151,9 @@ class StepBreakdown:
         product = _product(piece.by)
         label = self._label(piece.by)
         flops = 0.0
+        self.kernels[piece.name, cls].add(ms, piece)
+        if product is not None:
+            self.products[product.name, _operand_shapes(product)].add(ms, product)
         if product is not None and cls in (classes.BASE_GEMM, classes.LORA, classes.HEAD):
             flops = 0.0 if id(product) in self._counted else _flops(product)
             self._counted.add(id(product))
@@ -145,9 +168,6 @@ class StepBreakdown:
             sums.joined_ms += ms * part if share else 0.0
             if owner := self._owner(piece.by, part_cls):
                 sums.flops_of[owner] += flops * part
-        if cls == classes.OTHER:
-            before, count = self.unknown.get(piece.name, (0.0, 0))
-            self.unknown[piece.name] = before + ms, count + 1
         if phase == BACKWARD and label is not None and label.what == NORM_FORWARD:
             self.rebuilt_ms += ms
         if piece.by is None:
@@ -278,9 +298,10 @@ def unknown_kernels(steps: list[StepBreakdown]) -> list[tuple[str, float, float]
     """(name, ms, count) in an average step of everything that is `other`, the longest first."""
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for step in steps:
-        for name, (ms, count) in step.unknown.items():
-            totals[name][0] += ms / len(steps)
-            totals[name][1] += count / len(steps)
+        for (name, cls), tally in step.kernels.items():
+            if cls == classes.OTHER:
+                totals[name][0] += tally.ms / len(steps)
+                totals[name][1] += tally.count / len(steps)
     return sorted(((name, ms, count) for name, (ms, count) in totals.items()), key=lambda item: -item[1])
 
 
@@ -298,6 +319,11 @@ def _inner_dimension(product: Range) -> int | None:
     dims = product.args.get("Input Dims") or []
     left = _PRODUCTS[product.name][0]
     return dims[left][-1] if len(dims) > left and dims[left] else None
+
+
+def _operand_shapes(product: Range) -> str:
+    dims = product.args.get("Input Dims") or []
+    return " x ".join(str(dims[operand]) for operand in _PRODUCTS[product.name] if operand < len(dims))
 
 
 def _flops(product: Range) -> float:
