@@ -8,8 +8,8 @@ Models have random weights and are made in memory, once a shape; each configurat
 three that count. --calibrate measures what the predictions rest on: each kind of work by itself, and a few whole steps
 with their GPU time by class, as `packloop profile` tells classes apart, and by kernel. --compare needs no GPU: it
 predicts what a file of measurements holds and fails where a prediction is off by more than 5 % of reserved memory or
-10 % of tokens a second; what calibrated it is no test of it. Every result is printed and written as soon as it is
-there. `--shape tiny` goes through the same motions on a CPU.
+10 % of tokens a second, or a configuration ran out of memory; what calibrated it is no test of it. Every result is
+printed and written as soon as it is there. `--shape tiny` goes through the same motions on a CPU.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from benchmarks import plan_cases
 from benchmarks.plan_cases import Case
 from packloop.bench import calibration, plan_check
+from packloop.bench.cell import is_out_of_memory
 from packloop.bench.plan_check import check_recorded
 from packloop.bench.probe import Probe, probe
 from packloop.bench.profile import trace_step
@@ -45,6 +46,8 @@ from packloop.gpus import require_gpu
 
 # Kernels and products of a profiled step that are listed, the longest first.
 _LISTED = 80
+# How a recorded failure begins that is for want of memory.
+_OUT_OF_MEMORY = "OutOfMemoryError"
 
 
 class Bench:
@@ -129,7 +132,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compare(measured: Path, output: Path | None) -> int:
-    """Prints predicted and measured figures of a recorded file; 1 where one is out of bounds or there is none."""
+    """Prints predicted and measured figures of a recorded file.
+
+    1 where one is out of bounds, a configuration ran out of memory, or there is none.
+    """
     try:
         result = json.loads(measured.read_text(encoding="utf-8"))
         name = result["environment"]["gpus"][0]["name"]
@@ -141,14 +147,21 @@ def compare(measured: Path, output: Path | None) -> int:
     gpu = require_gpu(name)
     rows = [row for row in result["cases"] if "figures" in row and row["case"]["layer"] == "fused"]
     checks = [check_recorded(row, Case(**row["case"]).config({"source": "bundled"}), gpu) for row in rows]
-    failed = [f"- {row['name']}: {row['failed']}" for row in result["cases"] if "failed" in row]
-    text = "\n".join([plan_check.table(checks), *failed])
+    failed = {row["name"]: row["failed"] for row in result["cases"] if "failed" in row}
+    out_of_memory = [name for name, reason in failed.items() if reason.startswith(_OUT_OF_MEMORY)]
+    listed = [f"- {name}: {reason}" for name, reason in failed.items()]
+    text = "\n".join([plan_check.table(checks, len(out_of_memory)), *listed])
     print(text)
     if output is not None:
-        conditions = {"gpu": name, "environment": result["environment"], "checks": [one.values() for one in checks]}
-        output.with_suffix(".json").write_text(json.dumps(conditions, indent=1) + "\n", encoding="utf-8")
+        written = {
+            "gpu": name,
+            "environment": result["environment"],
+            "checks": [one.values() for one in checks],
+            "failed": failed,
+        }
+        output.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         output.with_suffix(".md").write_text(f"# Predicted and measured, {name}\n\n{text}\n", encoding="utf-8")
-    return int(not checks or not all(one.holds for one in checks))
+    return int(not checks or bool(out_of_memory) or not all(one.holds for one in checks))
 
 
 def row_of(bench: Bench, case: Case) -> dict[str, Any]:
@@ -159,8 +172,13 @@ def row_of(bench: Bench, case: Case) -> dict[str, Any]:
     after = (lambda step, window: details.update(profile(step, window))) if bench.arguments.calibrate else None
     try:
         measured = bench.measure(case, after)
-    except (torch.OutOfMemoryError, OutOfMemoryError, InputError) as error:
-        row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    except (InputError, RuntimeError) as error:
+        of_gpu = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not of_gpu:
+            raise
+        is_memory = of_gpu or isinstance(error, OutOfMemoryError)
+        kind = _OUT_OF_MEMORY if is_memory else type(error).__name__
+        row["failed"] = f"{kind}: {' '.join(str(error).split())[:300]}"
         bench.say(f"{case.name}: {row['failed']}")
         return row
     config = measured.config

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import ModelConfig, load_config
 from packloop.data.loader import build_data
 from packloop.engine.model import load_tokenizer
+from packloop.errors import InputError, OutOfMemoryError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CASE = {
@@ -27,8 +29,12 @@ CASE = {
 }  # fmt: skip
 
 
-def recorded(tmp_path: Path, *, reserved_gib: float, tokens_per_s: float) -> Path:
-    """A file as `check_plan.py` writes it, with one configuration that an H200 took 62.95 GiB and 1,484 ms for."""
+def recorded(
+    tmp_path: Path, *, reserved_gib: float, tokens_per_s: float, failed: str = "InputError: not installed"
+) -> Path:
+    """A file as `check_plan.py` writes it: a configuration that an H200 took 62.95 GiB and 1,484 ms for, and one that
+    failed.
+    """
     row = {
         "name": "one",
         "case": CASE,
@@ -45,9 +51,9 @@ def recorded(tmp_path: Path, *, reserved_gib: float, tokens_per_s: float) -> Pat
         "labels": [16250, 16300],
     }  # fmt: skip
     path = tmp_path / "check.json"
-    failed = {"name": "two", "case": CASE, "failed": "OutOfMemoryError: it did not fit"}
+    other = {"name": "two", "case": CASE, "failed": failed}
     gpu = {"gpus": [{"name": "NVIDIA H200"}]}
-    path.write_text(json.dumps({"environment": gpu, "kinds": [], "cases": [row, failed]}))
+    path.write_text(json.dumps({"environment": gpu, "kinds": [], "cases": [row, other]}))
     return path
 
 
@@ -60,7 +66,7 @@ def test_recorded_measurements_within_the_bounds_pass_and_are_written(tmp_path):
     done = compare(recorded(tmp_path, reserved_gib=62.95, tokens_per_s=22_000), "--output", str(tmp_path / "plan"))
     assert done.returncode == 0, done.stderr
     assert "1 of 1 within 5% of memory and 10% of speed" in done.stdout
-    assert "two: OutOfMemoryError: it did not fit" in done.stdout
+    assert "two: InputError: not installed" in done.stdout
     (check,) = json.loads((tmp_path / "plan.json").read_text())["checks"]
     assert check["reserved_gib"]["measured"] == 62.95
     assert check["holds"]
@@ -72,6 +78,51 @@ def test_a_prediction_out_of_bounds_fails(tmp_path, reserved_gib, tokens_per_s):
     done = compare(recorded(tmp_path, reserved_gib=reserved_gib, tokens_per_s=tokens_per_s))
     assert done.returncode == 1
     assert "0 of 1 within" in done.stdout
+
+
+def test_a_configuration_that_ran_out_of_memory_fails_beside_others_that_hold(tmp_path):
+    failed = "OutOfMemoryError: CUDA out of memory"
+    path = recorded(tmp_path, reserved_gib=62.95, tokens_per_s=22_000, failed=failed)
+    done = compare(path, "--output", str(tmp_path / "plan"))
+    assert done.returncode == 1, done.stderr
+    assert "1 of 2 within 5% of memory and 10% of speed; 1 ran out of memory." in done.stdout
+    assert f"- two: {failed}" in done.stdout
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["failed"] == {"two": failed}
+    assert len(written["checks"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "recorded_as"),
+    [
+        (OutOfMemoryError("does not hold\nthe model"), "OutOfMemoryError: does not hold the model"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "OutOfMemoryError: CUBLAS_STATUS_ALLOC_FAILED"),
+        (InputError("no packs"), "InputError: no packs"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)  # fmt: skip
+def test_a_failed_measurement_is_recorded_by_what_it_failed_for(monkeypatch, error, recorded_as):
+    check_plan, bench, case = raising_bench(monkeypatch, error)
+    assert check_plan.row_of(bench, case)["failed"] == recorded_as
+
+
+def test_a_fault_of_the_program_is_no_row(monkeypatch):
+    check_plan, bench, case = raising_bench(monkeypatch, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        check_plan.row_of(bench, case)
+
+
+def raising_bench(monkeypatch, error: Exception):
+    """(the module, a bench whose measurements end in `error`, a case)"""
+    monkeypatch.syspath_prepend(REPOSITORY)
+    from benchmarks import check_plan
+
+    def measure(case, after=None):
+        raise error
+
+    bench = SimpleNamespace(arguments=SimpleNamespace(calibrate=False), measure=measure, say=lambda text: None)
+    return check_plan, bench, check_plan.Case(**CASE)
 
 
 def test_a_file_in_which_nothing_was_measured_fails(tmp_path):

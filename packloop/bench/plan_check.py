@@ -150,8 +150,11 @@ def check_probe(measured: Probe, shape: ModelShape, gpu: Gpu) -> Check:
     return _check("two steps on the GPU at hand", predicted, measured.figures, measured.memory)
 
 
-def table(checks: Sequence[Check]) -> str:
-    """Markdown: predicted, measured and error of each, and how many are within the bounds."""
+def table(checks: Sequence[Check], num_out_of_memory: int = 0) -> str:
+    """Markdown: predicted, measured and error of each, and how many are within the bounds.
+
+    num_out_of_memory: further configurations, for which there was no room; none of them is within the bounds.
+    """
     lines = [
         "| configuration | reserved GiB, predicted | measured | error | real tokens/s, predicted | measured | error |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -161,8 +164,12 @@ def table(checks: Sequence[Check]) -> str:
             f"| {one.name} | {one.reserved_gib[0]:.2f} | {one.reserved_gib[1]:.2f} | {one.memory_error:+.1%} | "
             f"{one.tokens_per_s[0]:,.0f} | {one.tokens_per_s[1]:,.0f} | {one.speed_error:+.1%} |"
         )
-    held = sum(one.holds for one in checks)
-    lines += ["", f"{held} of {len(checks)} within {MEMORY_BOUND:.0%} of memory and {SPEED_BOUND:.0%} of speed."]
+    held, total = sum(one.holds for one in checks), len(checks) + num_out_of_memory
+    without_room = f"; {num_out_of_memory} ran out of memory" if num_out_of_memory else ""
+    lines += [
+        "",
+        f"{held} of {total} within {MEMORY_BOUND:.0%} of memory and {SPEED_BOUND:.0%} of speed{without_room}.",
+    ]
     return "\n".join(lines)
 
 
