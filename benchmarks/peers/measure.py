@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from packloop.bench.conditions import gpu_state
-from packloop.bench.steps import Lap, LapTimer, cap_memory, lap_figures, memory_figures, reset_peak
+from packloop.bench.steps import Lap, LapTimer, lap_figures, memory_figures, reset_peak
+from packloop.engine.budget import limit_memory
 
 # bitsandbytes' paged optimizers leave the state of smaller tensors in plain memory.
 SMALLEST_PAGED_ELEMENTS = 100_000
@@ -83,7 +84,7 @@ def managed_bytes(optimizer: torch.optim.Optimizer) -> int:
 def measure_trainer(trainer: Trainer, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains and returns the row."""
     predicted = paged_bytes(p for p in trainer.model.parameters() if p.requires_grad)
-    cap_memory(arguments.memory_cap_gib, predicted)
+    limit_memory(arguments.memory_cap_gib, predicted)
     meter = StepMeter()
     meter.watch(trainer)
     reset_peak()

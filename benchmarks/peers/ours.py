@@ -21,6 +21,7 @@ from packloop.bench.floor import Floor, floor_figures
 from packloop.bench.synthetic import random_model
 from packloop.config import KernelsConfig, LoraConfig, RunConfig, TrainConfig
 from packloop.data.loader import TrainingData, build_data
+from packloop.engine.budget import limit_memory
 
 
 def run_config(arguments: argparse.Namespace) -> RunConfig:
@@ -58,7 +59,7 @@ class Packloop:
 
     def __init__(self, arguments: argparse.Namespace):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        steps.cap_memory(arguments.memory_cap_gib, 0)
+        limit_memory(arguments.memory_cap_gib)
         self._shape = shape_config(arguments.shape, arguments.tokenizer)
         self._base = random_model(self._shape, quantization="nf4", device=self._device, seed=arguments.seed)
         self._tokenizer = rows.load_tokenizer(arguments.tokenizer)
@@ -85,7 +86,6 @@ class Packloop:
         floor = Floor.of(self._shape, first, self._device) if arguments.floor else None
         options = job.resolve()
         paged_bytes = job.optimizer.paged_bytes
-        steps.cap_memory(arguments.memory_cap_gib, paged_bytes)
         laps, floors_ms = [], []
         with job.stepping(options) as step:
             steps.reset_peak()

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
 
-from benchmarks.peers import live, measure, rows, settings, sft
+from benchmarks.peers import live, rows, settings, sft
+from packloop.engine.budget import limit_memory
 
 
 class Trl:
@@ -18,7 +19,7 @@ class Trl:
     def __init__(self, arguments: argparse.Namespace):
         self.who = "TRL + Liger" if arguments.liger else "TRL"
         self._loaded = arguments
-        measure.cap_memory(arguments.memory_cap_gib, 0)
+        limit_memory(arguments.memory_cap_gib)
         self._tokenizer = rows.load_tokenizer(arguments.model)
         self._once = rows.documents(arguments.data, self._tokenizer, arguments.packing, arguments.length)
         self._base = load_model(arguments)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import live, measure, rows, settings, sft
+from benchmarks.peers import live, rows, settings, sft
+from packloop.engine.budget import limit_memory
 
 
 class Unsloth:
@@ -19,7 +20,7 @@ class Unsloth:
 
     def __init__(self, arguments: argparse.Namespace):
         self._loaded = arguments
-        measure.cap_memory(arguments.memory_cap_gib, 0)
+        limit_memory(arguments.memory_cap_gib)
         self._once = rows.documents(
             arguments.data, rows.load_tokenizer(arguments.model), arguments.packing, arguments.length
         )

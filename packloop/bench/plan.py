@@ -14,8 +14,8 @@ from transformers import AutoConfig, LlamaConfig
 from packloop.bench.synthetic import shape_config
 from packloop.config import ModelConfig, RunConfig
 from packloop.data.loader import Batch, PackLoader, TrainingData, build_data
+from packloop.engine.budget import MARGIN_GIB
 from packloop.engine.loop import set_numerics
-from packloop.engine.memory import MARGIN_GIB
 from packloop.engine.model import load_tokenizer, resolve_name
 from packloop.engine.plan import count_layers
 from packloop.engine.planner.rates import ATTENTION_RATES

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from packloop.bench.steps import GIB, Job, Lap, cap_memory, lap_figures, memory_figures, reset_peak, synchronize
+from packloop.bench.steps import GIB, Job, Lap, lap_figures, memory_figures, reset_peak, synchronize
 from packloop.config import RunConfig
 from packloop.data.loader import Batch, TrainingData
 from packloop.engine.batch import Micro
+from packloop.engine.budget import lift_limit, limit_memory
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,10 @@ def probe(
     after: called with (step function, next window) once the timed steps are done, inside the patched model. Raises
     torch.OutOfMemoryError and packloop's OutOfMemoryError where the configuration does not fit.
     """
-    cap_memory(config.train.memory_budget_gib, 0)
+    limit_memory(config.train.memory_budget_gib)
     job = Job(config, base, data, pad_token_id)
     try:
         options = job.resolve()
-        cap_memory(config.train.memory_budget_gib, job.optimizer.paged_bytes)
         laps: list[Lap] = []
         micros: list[Batch] = []
         with job.stepping(options) as step:
@@ -75,6 +75,5 @@ def probe(
         return Probe(job.config, lap_figures(laps, warmup_steps), memory, before_gib, micros)
     finally:
         job.close()
-        if torch.cuda.is_available():
-            synchronize()
-            torch.cuda.set_per_process_memory_fraction(1.0)
+        synchronize()
+        lift_limit()

@@ -19,7 +19,7 @@ from packloop.bench.results import Profile
 from packloop.bench.steps import GIB, Job, Lap, reset_peak, synchronize
 from packloop.bench.trace import read_trace
 from packloop.engine.batch import Micro
-from packloop.engine.memory import MARGIN_GIB
+from packloop.engine.budget import MARGIN_GIB
 from packloop.errors import InputError
 from packloop.kernels.attention import DocumentLayout, load_backend
 from packloop.kernels.decoder_layer import activation_bytes

@@ -26,8 +26,9 @@ from packloop.bench.profile_report import AttentionTime, ProfileResult, UnknownK
 from packloop.bench.results import Ceilings, Memory
 from packloop.bench.session import public
 from packloop.bench.shapes import check_shape
-from packloop.bench.steps import Job, cap_memory, memory_figures, synchronize
+from packloop.bench.steps import Job, memory_figures, synchronize
 from packloop.config import RunConfig
+from packloop.engine.budget import lift_limit, limit_memory
 from packloop.engine.loop import set_numerics
 from packloop.engine.plan import count_layers
 from packloop.errors import InputError, OutOfMemoryError
@@ -61,8 +62,7 @@ def profile_command(
                 "train.per_device_train_batch_size, or use train.gradient_checkpointing=all"
             ) from None
         finally:
-            if torch.cuda.is_available():
-                torch.cuda.set_per_process_memory_fraction(1.0)
+            lift_limit()
         if result is None:
             return
         write_profile(result, trace, output)
@@ -76,12 +76,11 @@ def _profile(
     # Before anything is on a GPU, as it gives each process its own.
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     set_numerics(config)
-    cap_memory(config.train.memory_budget_gib, 0)
+    limit_memory(config.train.memory_budget_gib)
     subject = load_subject(config, synthetic, tokenizer_name)
     device, llama_config = subject.device, subject.architecture
     job = Job(config, subject.base, subject.data(config), subject.tokenizer.pad_token_id)
     options = job.resolve()
-    cap_memory(config.train.memory_budget_gib, job.optimizer.paged_bytes)
     before = gpu_state()
     taken = profile_steps(job, options, steps=steps, warmup=warmup, trace=trace)
     conditions = describe_conditions(before, gpu_state())
@@ -90,9 +89,8 @@ def _profile(
     job.close()
     if not accelerator.is_main_process:
         return None
-    if device.type == "cuda":
-        synchronize()
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    synchronize()
+    lift_limit()
     ceilings, attention = _measure(llama_config, job.config, taken, device)
     situation = _situation(job.config, llama_config.num_hidden_layers, taken, room, reason, ceilings, attention)
     return ProfileResult(

@@ -185,14 +185,6 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def cap_memory(cap_gib: float | None, managed_bytes: int) -> None:
-    """From here on torch may reserve what the cap leaves beside `managed_bytes`, which torch does not count."""
-    if cap_gib is None or not torch.cuda.is_available():
-        return
-    _, total_bytes = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_gib * GIB - managed_bytes) / total_bytes))
-
-
 def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -13,39 +13,27 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor, nn
 
+from packloop.engine.budget import GIB, MARGIN_GIB, limit_memory
 from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price, choose_plan, fits_bytes, smallest_plan
-from packloop.errors import ConfigError, OutOfMemoryError
+from packloop.errors import OutOfMemoryError
 from packloop.kernels.decoder_layer import FusedLayer, activation_bytes, decoder_layer
 from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.patch import FusedLayers, find_llama, load_backend, packed_loss_sum, patched
 
-# Left to the driver, the CUDA context and what other libraries allocate, where no budget is given.
-MARGIN_GIB = 2.0
-_GIB = 2**30
 _MEASURED_ROUNDS = 9
 
 
 def enforce_budget(model: nn.Module, budget_gib: float | None, paged_bytes: int, device: torch.device) -> None:
-    """From here on torch may reserve what the budget leaves beside paged optimizer state, which it does not count.
+    """`limit_memory` for a model whose weights and trained state are in place.
 
-    model: with weights and trained state in place. ConfigError for a budget larger than the device, OutOfMemoryError
-    for one that what is in place already exceeds. Without a budget, or without a GPU, nothing is limited.
+    ConfigError for a budget larger than the device, OutOfMemoryError for one that what is in place already exceeds.
     """
-    if budget_gib is None or device.type != "cuda":
+    allowed_bytes = limit_memory(budget_gib, paged_bytes, device)
+    if allowed_bytes is None:
         return
-    total_bytes = torch.cuda.get_device_properties(device).total_memory
-    if budget_gib * _GIB > total_bytes:
-        raise ConfigError(
-            f"train.memory_budget_gib={budget_gib:g}: this GPU has {total_bytes / _GIB:.1f} GiB; "
-            f"give less, or null for all but {MARGIN_GIB:g} GiB"
-        )
-    allowed_bytes = budget_gib * _GIB - paged_bytes
     torch.cuda.empty_cache()
     if torch.cuda.memory_reserved(device) > allowed_bytes:
-        raise OutOfMemoryError(_table(model, budget_gib * _GIB, paged_bytes))
-    # By number: a device without one is refused here, though by nothing else.
-    index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.set_per_process_memory_fraction(allowed_bytes / total_bytes, index)
+        raise OutOfMemoryError(_table(model, budget_gib * GIB, paged_bytes))
 
 
 def plan_memory(
@@ -66,7 +54,7 @@ def plan_memory(
     were.
     """
     total_bytes = torch.cuda.get_device_properties(micro[0].device).total_memory
-    budget_bytes = budget_gib * _GIB if budget_gib else total_bytes - MARGIN_GIB * _GIB
+    budget_bytes = budget_gib * GIB if budget_gib else total_bytes - MARGIN_GIB * GIB
     llama = find_llama(model)
     num_layers = len(llama.model.layers)
     smallest = smallest_plan(num_layers, fixed)
@@ -83,7 +71,7 @@ def plan_memory(
         if smaller == plan:
             break
         plan = smaller
-    return plan, f"a layer's {costs}; peak {(peak or used_bytes) / _GIB:.1f} GiB of {budget_bytes / _GIB:.1f} allowed"
+    return plan, f"a layer's {costs}; peak {(peak or used_bytes) / GIB:.1f} GiB of {budget_bytes / GIB:.1f} allowed"
 
 
 def _measure(llama: nn.Module, micro: tuple, attention: str, operations: Operations) -> LayerCosts:
@@ -182,10 +170,10 @@ def _table(model: nn.Module, budget_bytes: float, paged_bytes: int, num_slots: i
         kept_bytes = num_layers * num_slots * hidden * llama.model.norm.weight.element_size()
         rows[f"inputs of {num_layers} layers, {num_slots:,} slots"] = kept_bytes
     rows["allowed"] = int(budget_bytes)
-    listed = "\n".join(f"  {name:<44}{size / _GIB:>8.2f} GiB" for name, size in rows.items())
+    listed = "\n".join(f"  {name:<44}{size / GIB:>8.2f} GiB" for name, size in rows.items())
     if not num_slots:
         return (
-            f"train.memory_budget_gib={budget_bytes / _GIB:g} does not hold the model:\n{listed}\n"
+            f"train.memory_budget_gib={budget_bytes / GIB:g} does not hold the model:\n{listed}\n"
             "raise it, lower lora.r, or use model.quantization=nf4 where it is none"
         )
     return (

@@ -1,0 +1,77 @@
+"""The limit on a GPU's memory: what torch is told, for a GPU that the tests put in its place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from packloop.bench.synthetic import random_model, shape_config
+from packloop.engine import budget
+from packloop.engine.memory import enforce_budget
+from packloop.errors import ConfigError, OutOfMemoryError
+
+GIB = 2**30
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def fractions(monkeypatch) -> list[tuple[float, ...]]:
+    """What `set_per_process_memory_fraction` is called with, on a GPU of 80 GiB of which 10 are reserved."""
+    called = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * GIB)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=80 * GIB, index=index)
+    )
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *arguments: called.append(arguments))
+    return called
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(shape_config("tiny"), quantization="none", device=torch.device("cpu"))
+
+
+def test_paged_state_is_taken_off_what_torch_may_reserve(fractions):
+    assert budget.limit_memory(20.0) == 20 * GIB
+    assert budget.limit_memory(20.0, 4 * GIB, torch.device("cuda:1")) == 16 * GIB
+    assert fractions == [(0.25, 3), (0.2, 1)]
+
+
+def test_paged_state_beyond_the_budget_leaves_nothing(fractions):
+    assert budget.limit_memory(2.0, 4 * GIB) == 0
+    assert fractions == [(0.0, 3)]
+
+
+def test_nothing_is_limited_without_a_budget_or_a_gpu(fractions, monkeypatch):
+    assert budget.limit_memory(None) is None
+    assert budget.limit_memory(20.0, device=torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert budget.limit_memory(20.0) is None
+    budget.lift_limit()
+    assert fractions == []
+
+
+def test_a_lifted_limit_is_the_whole_gpu(fractions):
+    budget.limit_memory(20.0)
+    budget.lift_limit()
+    assert fractions[-1] == (1.0,)
+
+
+def test_more_than_the_gpu_has_is_refused_in_one_line(fractions):
+    with pytest.raises(ConfigError, match=r"^train\.memory_budget_gib=90: this GPU has 80\.0 GiB; give .*$"):
+        budget.limit_memory(90.0)
+    assert fractions == []
+
+
+def test_a_model_that_is_in_place_already_must_fit(fractions, model):
+    enforce_budget(model, 12.0, GIB, GPU)
+    assert fractions == [(11 / 80, 3)]
+    with pytest.raises(OutOfMemoryError, match=r"memory_budget_gib=12 does not hold the model:\n.*frozen weights"):
+        enforce_budget(model, 12.0, 3 * GIB, GPU)
+    enforce_budget(model, None, 3 * GIB, GPU)
+    enforce_budget(model, 0.1, 0, torch.device("cpu"))
