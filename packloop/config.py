@@ -130,7 +130,8 @@ class TrainConfig(Section):
     )
     memory_budget_gib: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="GPU memory that may be reserved, in GiB, paged optimizer state included; null: all but 2 GiB.",
+        description="GPU memory that may be reserved, in GiB, paged optimizer state included; null: all but 2 GiB. "
+        "Never more than all but 0.5, which CUDA's own context takes.",
     )
     tf32: bool = Field(True, description="TensorFloat-32 for float32 matrix products on Ampere and newer.")
     seed: Annotated[int, Field(ge=0)] = Field(

@@ -63,9 +63,41 @@ def test_a_lifted_limit_is_the_whole_gpu(fractions):
 
 
 def test_more_than_the_gpu_has_is_refused_in_one_line(fractions):
-    with pytest.raises(ConfigError, match=r"^train\.memory_budget_gib=90: this GPU has 80\.0 GiB; give .*$"):
-        budget.limit_memory(90.0)
+    refusal = (
+        r"^train\.memory_budget_gib=90: this GPU has 80\.0 GiB; give at most 79\.5, or leave it out for all but 2 GiB$"
+    )
+    for refuse in (budget.limit_memory, lambda gib: budget.check_budget(gib, GPU)):
+        with pytest.raises(ConfigError, match=refusal):
+            refuse(90.0)
     assert fractions == []
+
+
+def test_cudas_own_memory_is_no_one_elses(fractions):
+    assert budget.limit_memory(80.0) == budget.limit_memory(79.9) == int(79.5 * GIB)
+    warning = budget.check_budget(80.0, GPU)
+    assert warning.startswith(
+        "train.memory_budget_gib=80: of the 80.0 GiB of this GPU CUDA's own context takes about 0.5"
+    )
+    assert warning.endswith("79.5 GiB are the budget")
+    assert budget.check_budget(79.5, GPU) is budget.check_budget(None, GPU) is None
+    assert budget.check_budget(900.0, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("asked_gib", "settled_gib", "warns"),
+    [(None, 20.0, False), (10.0, 10.0, False), (21.5, 21.5, False), (21.6, 21.5, True), (22.0, 21.5, True)],
+)
+def test_a_budget_is_settled_alike_for_a_gpu_that_is_not_there(asked_gib, settled_gib, warns):
+    found_gib, warning = budget.settle_budget(asked_gib, 22.0, setting="--budget", gpu="the a10g")
+    assert found_gib == settled_gib
+    assert (warning is not None) == warns
+
+
+def test_what_a_message_names_is_accepted():
+    """Rounded down, so that giving it back brings no further line."""
+    with pytest.raises(ConfigError, match=r"give at most 139\.2,"):
+        budget.settle_budget(150.0, 139.79, setting="--budget 150", gpu="the h200")
+    assert budget.settle_budget(139.2, 139.79, setting="--budget 139.2") == (139.2, None)
 
 
 def test_a_model_that_is_in_place_already_must_fit(fractions, model):

@@ -35,6 +35,15 @@ def test_prints_tables_and_settings_that_train_takes(monkeypatch, capsys):
     assert "projected to the a10g" in out
 
 
+@pytest.mark.parametrize("how", [["--budget", "22GiB"], ["train.memory_budget_gib=22"]])
+def test_a_budget_that_leaves_cuda_nothing_is_made_smaller_and_said(monkeypatch, capsys, how):
+    code, out, _ = run(monkeypatch, capsys, RECIPE, *how, "--synthetic", "tiny", "--gpu", "a10g")
+    assert code == 0
+    assert "budget 21.5 GiB" in out
+    words = " ".join(out.split())
+    assert "of the 22.0 GiB of the a10g CUDA's own context takes about 0.5, so 21.5 GiB are the budget" in words
+
+
 def test_auto_is_settled_within_the_budget(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "recipes/demo.yaml", "train.gradient_checkpointing=auto", "--gpu", "h200")
     assert code == 0
@@ -49,7 +58,12 @@ def test_auto_is_settled_within_the_budget(monkeypatch, capsys):
         ([RECIPE, "kernels.attention=flash_attn_4", "--synthetic", "tiny", "--gpu", "a10g"], 1, "9.0 is needed"),
         ([RECIPE, "--synthetic", "tiny", "--gpu", "z80"], 1, f"known: {GPUS[0].key}"),
         ([RECIPE, "--synthetic", "tiny", "--gpu", "t4"], 1, "has no bfloat16"),
-        ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--budget", "30"], 1, "the a10g has 22 GiB"),
+        ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--budget", "30"], 2, "--budget 30: the a10g has 22.0 GiB"),
+        (
+            [RECIPE, "train.memory_budget_gib=24", "--synthetic", "tiny", "--gpu", "a10g"],
+            2,
+            "memory_budget_gib=24.0: the",
+        ),
         ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--budget", "much"], 1, "an amount of memory is needed"),
         ([RECIPE, "--synthetic", "huge", "--gpu", "a10g"], 1, "model shape 'huge'"),
         ([RECIPE, "--synthetic", "llama2-7b", "--gpu", "a10g", "--budget", "3"], 3, "base weights"),

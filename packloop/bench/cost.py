@@ -20,12 +20,11 @@ from packloop.bench.kernel_classes import ATTENTION, BASE_GEMM
 from packloop.bench.plots import rate_of
 from packloop.bench.prices import Instance
 from packloop.bench.results import Ceilings, Cell
+from packloop.engine.budget import CONTEXT_GIB
 from packloop.gpus import Gpu, find_gpu
 from packloop.kernels.flash_attention import NEEDED_CAPABILITY
 
 MEASURED, PROJECTED = "measured on this GPU", "projected"
-# What the CUDA context takes beside torch's reserved memory.
-CONTEXT_GIB = 0.5
 
 
 @dataclass(frozen=True)

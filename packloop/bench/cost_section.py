@@ -6,7 +6,6 @@ from urllib.parse import urlsplit
 
 from packloop.bench.cell_tables import NONE, STATUS_WORDS, by_rate, label_of
 from packloop.bench.cost import (
-    CONTEXT_GIB,
     MEASURED,
     PROJECTED,
     TUTORIAL_DATA,
@@ -23,6 +22,7 @@ from packloop.bench.plots import rate_of
 from packloop.bench.prices import Instance
 from packloop.bench.results import Ceilings, Cell
 from packloop.bench.tutorial import INSTANCE, PUBLISHED, is_stock, other_job, trains_like
+from packloop.engine.budget import CONTEXT_GIB
 from packloop.gpus import find_gpu
 
 

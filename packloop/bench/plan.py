@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig
 from packloop.bench.synthetic import shape_config
 from packloop.config import ModelConfig, RunConfig
 from packloop.data.loader import Batch, PackLoader, TrainingData, build_data
-from packloop.engine.budget import MARGIN_GIB
+from packloop.engine.budget import settle_budget
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer, resolve_name
 from packloop.engine.plan import count_layers
@@ -66,15 +66,14 @@ def plan(
     chosen = require_gpu(gpu) if gpu else gpu_at_hand()
     if at_hand and gpu and chosen != gpu_at_hand():
         raise InputError(f"--probe takes steps on the GPU at hand, {gpu_at_hand().key}: leave --gpu {gpu} out")
-    budget_gib = parse_budget(budget) if budget is not None else config.train.memory_budget_gib
-    budget_gib = budget_gib or chosen.memory_gib - MARGIN_GIB
-    if budget_gib > chosen.memory_gib:
-        raise InputError(
-            f"budget {budget_gib:.1f} GiB: the {chosen.key} has {chosen.memory_gib:g} GiB; give less, or another --gpu"
-        )
+    asked_gib, setting = config.train.memory_budget_gib, f"train.memory_budget_gib={config.train.memory_budget_gib}"
+    if budget is not None:
+        asked_gib, setting = parse_budget(budget), f"--budget {budget.strip()}"
+    budget_gib, warning = settle_budget(asked_gib, chosen.memory_gib, setting=setting, gpu=f"the {chosen.key}")
     if config.kernels.layer == "stock":
         raise InputError("kernels.layer=stock: predictions are for the fused layers; use kernels.layer=auto or fused")
     config, architecture, notes = _sources(config, synthetic)
+    notes += [warning] if warning else []
     if switched := [name for name in _SWITCHES if getattr(config.kernels, name) == "torch"]:
         notes.append(f"kernels.{', '.join(switched)}=torch: predicted as if triton, which is faster and takes less")
     shape = ModelShape.of_run(architecture, config)

@@ -19,7 +19,7 @@ from packloop.bench.results import Profile
 from packloop.bench.steps import GIB, Job, Lap, reset_peak, synchronize
 from packloop.bench.trace import read_trace
 from packloop.engine.batch import Micro
-from packloop.engine.budget import MARGIN_GIB
+from packloop.engine.budget import settle_on_gpu
 from packloop.errors import InputError
 from packloop.kernels.attention import DocumentLayout, load_backend
 from packloop.kernels.decoder_layer import activation_bytes
@@ -140,9 +140,7 @@ def measure_room(job: Job, num_slots: int) -> Room:
     paged_gib = job.optimizer.paged_bytes / GIB
     if not torch.cuda.is_available():
         return Room()
-    budget_gib = job.config.train.memory_budget_gib
-    if budget_gib is None:
-        budget_gib = torch.cuda.get_device_properties(job.accelerator.device).total_memory / GIB - MARGIN_GIB
+    budget_gib, _ = settle_on_gpu(job.config.train.memory_budget_gib, job.accelerator.device)
     free_gib = budget_gib - torch.cuda.max_memory_reserved() / GIB - paged_gib
     if job.config.kernels.layer != "fused":
         return Room(free_gib=free_gib, paged_gib=paged_gib)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from packloop.errors import ConfigError
@@ -9,6 +11,48 @@ from packloop.errors import ConfigError
 GIB = 2**30
 # Left to the driver, the CUDA context and what other libraries allocate, where no budget is given.
 MARGIN_GIB = 2.0
+# Of these, what CUDA's context with its loaded kernels takes beside torch's memory, about, whatever the settings.
+CONTEXT_GIB = 0.5
+
+
+def settle_budget(
+    budget_gib: float | None, total_gib: float, *, setting: str, gpu: str = "this GPU"
+) -> tuple[float, str | None]:
+    """(GiB that torch may reserve and page on a GPU of total_gib, a warning where that is less than was asked for).
+
+    Without a budget it is all but MARGIN_GIB; a budget never reaches into CONTEXT_GIB. setting: where the budget comes
+    from, and gpu: whose memory it is, as messages say it. ConfigError for more than the GPU has.
+    """
+    if budget_gib is None:
+        return total_gib - MARGIN_GIB, None
+    most_gib = total_gib - CONTEXT_GIB
+    if budget_gib > total_gib:
+        raise ConfigError(
+            f"{setting}: {gpu} has {total_gib:.1f} GiB; give at most {_down(most_gib)}, or leave it out for all "
+            f"but {MARGIN_GIB:g} GiB"
+        )
+    if budget_gib > most_gib:
+        return most_gib, (
+            f"{setting}: of the {total_gib:.1f} GiB of {gpu} CUDA's own context takes about {CONTEXT_GIB:g}, so "
+            f"{_down(most_gib)} GiB are the budget"
+        )
+    return budget_gib, None
+
+
+def _down(gib: float) -> str:
+    """With one decimal, never above the value itself."""
+    return f"{math.floor(gib * 10 + 1e-6) / 10:.1f}"
+
+
+def settle_on_gpu(budget_gib: float | None, device: torch.device | int | None = None) -> tuple[float, str | None]:
+    """The same for `train.memory_budget_gib` and a GPU at hand, by default the current one."""
+    total_gib = torch.cuda.get_device_properties(device).total_memory / GIB
+    return settle_budget(budget_gib, total_gib, setting=f"train.memory_budget_gib={budget_gib or 0:g}")
+
+
+def check_budget(budget_gib: float | None, device: torch.device) -> str | None:
+    """The warning of `settle_on_gpu`, if any: before anything is loaded, its error too. None without a GPU."""
+    return None if device.type != "cuda" else settle_on_gpu(budget_gib, device)[1]
 
 
 def limit_memory(budget_gib: float | None, paged_bytes: int = 0, device: torch.device | None = None) -> int | None:
@@ -21,13 +65,8 @@ def limit_memory(budget_gib: float | None, paged_bytes: int = 0, device: torch.d
         return None
     # By number: a device without one is refused by the allocator, though by nothing else.
     index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    allowed_bytes = max(0, round(settle_on_gpu(budget_gib, index)[0] * GIB) - paged_bytes)
     total_bytes = torch.cuda.get_device_properties(index).total_memory
-    if budget_gib * GIB > total_bytes:
-        raise ConfigError(
-            f"train.memory_budget_gib={budget_gib:g}: this GPU has {total_bytes / GIB:.1f} GiB; "
-            f"give less, or null for all but {MARGIN_GIB:g} GiB"
-        )
-    allowed_bytes = max(0, round(budget_gib * GIB) - paged_bytes)
     torch.cuda.set_per_process_memory_fraction(allowed_bytes / total_bytes, index)
     return allowed_bytes
 

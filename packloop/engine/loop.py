@@ -20,6 +20,7 @@ from packloop.config import RunConfig, dump_config
 from packloop.data.loader import PackLoader, TrainingData, build_data, eval_batches
 from packloop.engine import schedule
 from packloop.engine.batch import Micro, Windows
+from packloop.engine.budget import check_budget
 from packloop.engine.checkpoint import (
     Checkpoint,
     capture_rng,
@@ -162,6 +163,7 @@ def train(
         with accelerator.main_process_first():  # which sets damaged checkpoints aside, so that the others find none
             checkpoint = find_checkpoint(run_dir, resume)
         config = config_for_resume(config, checkpoint.path)
+    check_budget(config.train.memory_budget_gib, accelerator.device)
 
     tokenizer = load_tokenizer(config.model)
     data = build_data(config.data, tokenizer, seed=config.train.seed)

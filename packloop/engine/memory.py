@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor, nn
 
-from packloop.engine.budget import GIB, MARGIN_GIB, limit_memory
+from packloop.engine.budget import GIB, limit_memory, settle_on_gpu
 from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price, choose_plan, fits_bytes, smallest_plan
 from packloop.errors import OutOfMemoryError
 from packloop.kernels.decoder_layer import FusedLayer, activation_bytes, decoder_layer
@@ -49,12 +49,11 @@ def plan_memory(
     """(plan, why) for a fused model on CUDA whose weights, gradients and optimizer state are in place.
 
     micro: one full micro-batch as `engine.batch.to_device` returns it. fixed: fields of the plan that are not free.
-    budget_gib: memory allowed, reserved and paged together, default the device less a margin; `enforce_budget` limits
-    it. Raises OutOfMemoryError where even the smallest plan does not fit. Gradients are left zeroed, generators as they
+    budget_gib: memory allowed, reserved and paged together, as `settle_on_gpu` has it; `enforce_budget` limits it.
+    Raises OutOfMemoryError where even the smallest plan does not fit. Gradients are left zeroed, generators as they
     were.
     """
-    total_bytes = torch.cuda.get_device_properties(micro[0].device).total_memory
-    budget_bytes = budget_gib * GIB if budget_gib else total_bytes - MARGIN_GIB * GIB
+    budget_bytes = settle_on_gpu(budget_gib, micro[0].device)[0] * GIB
     llama = find_llama(model)
     num_layers = len(llama.model.layers)
     smallest = smallest_plan(num_layers, fixed)

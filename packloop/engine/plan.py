@@ -14,6 +14,7 @@ from torch import nn
 from packloop.config import RunConfig
 from packloop.data.loader import PackLoader
 from packloop.engine.batch import to_device
+from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.errors import ConfigError
@@ -36,6 +37,8 @@ def resolve_auto(
     enforce_budget(model, config.train.memory_budget_gib, paged_bytes, accelerator.device)
     chosen = [None]
     if accelerator.is_main_process:
+        if warning := check_budget(config.train.memory_budget_gib, accelerator.device):
+            logger.warning(warning)
         chosen = [_resolve(config, model, loader, accelerator.device, paged_bytes)]
     return broadcast_object_list(chosen)[0] if accelerator.num_processes > 1 else chosen[0]
 
