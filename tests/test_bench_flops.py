@@ -42,6 +42,14 @@ def batch(lengths, *, packing="wrapped", max_length=2048):
     )
 
 
+def needed_of(lora, micros) -> float:
+    return flops.needed_flops(LLAMA2_7B, lora, flops.work_of(micros, "flash_attn"))
+
+
+def executed_of(config, micros) -> float:
+    return flops.executed_flops(LLAMA2_7B, config, flops.work_of(micros, config.kernels.attention))
+
+
 def test_parameters_of_llama_2_7b():
     linear = 32 * flops.layer_parameters(LLAMA2_7B)
     assert linear == 32 * (4 * 4096**2 + 3 * 4096 * 11008) == 6_476_005_376
@@ -57,20 +65,20 @@ def test_needed_operations_of_a_full_pack():
     micro = batch([2048])
     linear, head = 4 * 6_476_005_376 * 2048, 4 * 32000 * 4096 * 2047
     attention = 32 * 6 * 2 * 4096 * (2048 * 2049 / 2)  # six products of 2 x 4096 a pair
-    needed = flops.needed_flops(LLAMA2_7B, run(QV).lora, [micro])
+    needed = needed_of(run(QV).lora, [micro])
     assert needed == linear + head + attention + 6 * 33_554_432 * 2048
     assert (linear + head) / 2048 == pytest.approx(26.4e9, rel=2e-3)
     assert attention / 2048 == pytest.approx(1.61e9, rel=2e-3)
-    more = flops.needed_flops(LLAMA2_7B, run(ALL).lora, [micro]) - needed
+    more = needed_of(run(ALL).lora, [micro]) - needed
     assert more == 6 * (159_907_840 - 33_554_432) * 2048
 
 
 def test_attention_is_counted_within_documents_and_padding_is_not_needed():
-    alone = flops.needed_flops(LLAMA2_7B, run().lora, [batch([300], packing="bfd"), batch([500], packing="bfd")])
+    alone = needed_of(run().lora, [batch([300], packing="bfd"), batch([500], packing="bfd")])
     packed = batch([500, 300], packing="bfd")
     assert (packed.num_real_tokens, packed.num_slots) == (800, 2048)
-    assert flops.needed_flops(LLAMA2_7B, run().lora, [packed]) == alone
-    executed = flops.executed_flops(LLAMA2_7B, run(), [packed])
+    assert needed_of(run().lora, [packed]) == alone
+    executed = executed_of(run(), [packed])
     padding = 1248
     pairs = sum(length * (length + 1) // 2 for length in (500, 300, padding))
     expected = 2048 * (4 * 6_476_005_376 + 6 * 33_554_432 - 2 * 3 * 4096**2) + 4 * 32000 * 4096 * 798
@@ -80,27 +88,25 @@ def test_attention_is_counted_within_documents_and_padding_is_not_needed():
 def test_what_is_executed_depends_on_the_way():
     micro = batch([2048, 2048])
     slots, products = 4096, 2 * 6_476_005_376 // 32
-    plain = flops.executed_flops(LLAMA2_7B, run(), [micro])
+    plain = executed_of(run(), [micro])
     pairs = 2048 * 2049  # of both rows
     adapters = 2 * 33_554_432 // 32
 
-    of_seven = flops.executed_flops(LLAMA2_7B, run(recompute=7), [micro]) - plain
+    of_seven = executed_of(run(recompute=7), [micro]) - plain
     without_last = products - 2 * 4096 * 11008
     assert of_seven == 7 * (slots * (without_last + adapters) + 4 * 4096 * pairs)
-    of_all = flops.executed_flops(LLAMA2_7B, run(recompute="all", layer="stock"), [micro]) - plain
+    of_all = executed_of(run(recompute="all", layer="stock"), [micro]) - plain
     assert of_all == 32 * (slots * (products + adapters) + 4 * 4096 * pairs)
     assert of_all / plain == pytest.approx(0.48, abs=0.01)  # 2 N more than 4 N, the head and adapters apart
 
     down = {"r": 64, "target_modules": ["down_proj"]}
-    again = [flops.executed_flops(LLAMA2_7B, run(down, recompute=count), [micro]) for count in (0, 1)]
+    again = [executed_of(run(down, recompute=count), [micro]) for count in (0, 1)]
     assert again[1] - again[0] == slots * (without_last + 2 * 64 * 11008) + 4 * 4096 * pairs  # A's projection only
 
-    eager = flops.executed_flops(LLAMA2_7B, run(attention="eager"), [micro])
+    eager = executed_of(run(attention="eager"), [micro])
     assert eager - plain == 32 * 4096 * (12 * 2 * 2048**2 - 14 * pairs)
     masked = batch([1000, 1000], packing="bfd")
-    by_mask, by_document = (
-        flops.executed_flops(LLAMA2_7B, run(attention=name), [masked]) for name in ("sdpa", "varlen")
-    )
+    by_mask, by_document = (executed_of(run(attention=name), [masked]) for name in ("sdpa", "varlen"))
     visited = 2 * (1000 * 1001 // 2) + 48 * 49 // 2
     assert by_mask - by_document == 32 * 4096 * 14 * (2048**2 - visited)
 
@@ -112,16 +118,17 @@ def test_grouped_heads_have_smaller_projections():
 
 
 def figures(device, dtype="bfloat16", ceilings=None):
-    config = parse_config({"model": {"dtype": dtype}, "kernels": {"attention": "sdpa", "layer": "fused"}})
-    config = config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": "none"})})
+    """Of a step of two full packs in 500 ms."""
+    micros = [batch([2048])] * 2
+    needed, executed = needed_of(run().lora, micros), executed_of(run(attention="sdpa"), micros)
     return flops.flop_figures(
-        LLAMA2_7B, config, [batch([2048])] * 4, num_steps=2, step_ms=500.0, device=device, ceilings=ceilings
+        needed=needed, executed=executed, step_ms=500.0, device=device, dtype=dtype, ceilings=ceilings
     )
 
 
 def test_utilisation_is_of_this_gpu_s_peak():
     of_a10g = figures("NVIDIA A10G")
-    needed = 2 * flops.needed_flops(LLAMA2_7B, run().lora, [batch([2048])])  # a step has two micro-batches
+    needed = 2 * needed_of(run().lora, [batch([2048])])  # a step has two micro-batches
     assert of_a10g.model_tflops == pytest.approx(needed / 0.5 / 1e12)
     assert of_a10g.peak_tflops == 70
     assert of_a10g.model_utilisation == pytest.approx(needed / 0.5 / 70e12)
@@ -133,6 +140,6 @@ def test_an_unknown_gpu_and_float32_are_held_to_the_measured_rate():
     ceilings = Ceilings(gemm_tflops=123.0, copy_tb_per_s=1.0)
     unknown = figures("NVIDIA H200 MIG 1g.18gb", ceilings=ceilings)
     assert unknown.peak_tflops == 123
-    assert "measured in this process, as NVIDIA H200 MIG 1g.18gb is not in the table" in unknown.peak_source
+    assert "measured beside the steps, as NVIDIA H200 MIG 1g.18gb is not in the table" in unknown.peak_source
     assert "as products in float32" in figures("NVIDIA H200", "float32", ceilings).peak_source
     assert figures("an unknown GPU") is None

@@ -26,7 +26,7 @@ from packloop.bench import gate as gates
 from packloop.bench.ceilings import measure_ceilings
 from packloop.bench.conditions import describe_conditions, gpu_state
 from packloop.bench.floor import Floor
-from packloop.bench.flops import count_parameters, flop_figures
+from packloop.bench.flops import count_parameters, executed_flops, flop_figures, needed_flops, work_of
 from packloop.bench.probe import Probe, probe
 from packloop.bench.profile import profile_step
 from packloop.bench.results import Cell, Figures, Memory, Profile, save_cell
@@ -125,6 +125,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
     ceilings = measure_ceilings(subject.architecture, num_slots, dtype, subject.device)
     floor = _where_it_fits("floor", lambda: _floor(taken, subject)) if cell.floor else None
     conditions = describe_conditions(states[0], states[1], commit=plan.commit)
+    work = work_of(taken.micros, taken.config.kernels.attention)
     passed = gate is None or gate.passed
     return Cell(
         name=cell.name,
@@ -139,12 +140,11 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
         figures=Figures(**taken.figures),
         memory=None if taken.memory is None else Memory(**taken.memory),
         flops=flop_figures(
-            subject.architecture,
-            taken.config,
-            taken.micros,
-            num_steps=plan.steps,
+            needed=needed_flops(subject.architecture, taken.config.lora, work) / plan.steps,
+            executed=executed_flops(subject.architecture, taken.config, work) / plan.steps,
             step_ms=taken.step_ms,
             device=conditions.device,
+            dtype=taken.config.model.dtype,
             ceilings=ceilings,
         ),
         ceilings=ceilings,

@@ -13,6 +13,7 @@ documents, do not skip the pairs that their mask hides.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,35 @@ from packloop.config import LoraConfig, RunConfig
 from packloop.data.loader import Batch
 from packloop.engine.plan import count_layers
 from packloop.gpus import find_gpu
+
+
+@dataclass(frozen=True)
+class Work:
+    """What some micro-batches hold, or an average step.
+
+    head_rows: rows that the head multiplies; pairs: of a query and a key not after it in the same document;
+    visited_pairs: those that the attention multiplies, padding and what a mask hides included.
+    """
+
+    slots: float
+    real_tokens: float
+    label_tokens: float
+    head_rows: float
+    pairs: float
+    visited_pairs: float
+
+
+def work_of(micros: Sequence[Batch], attention: str) -> Work:
+    """As packloop works: the head multiplies the rows that have a label. attention: a value of kernels.attention."""
+    labels = sum(micro.num_label_tokens for micro in micros)
+    return Work(
+        slots=sum(micro.num_slots for micro in micros),
+        real_tokens=sum(micro.num_real_tokens for micro in micros),
+        label_tokens=labels,
+        head_rows=labels,
+        pairs=sum(_causal_pairs(micro, with_padding=False) for micro in micros),
+        visited_pairs=sum(_pairs_visited(micro, attention) for micro in micros),
+    )
 
 
 def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
@@ -57,22 +87,19 @@ def adapter_parameters(config: Any, lora: LoraConfig) -> int:
     return sum(lora.r * (rows + columns) for rows, columns in _adapted(config, lora).values())
 
 
-def needed_flops(config: Any, lora: LoraConfig, micros: Sequence[Batch]) -> float:
-    """What forward and backward of these micro-batches need."""
-    real = sum(micro.num_real_tokens for micro in micros)
-    layers = real * (4 * layer_parameters(config) + 6 * adapter_parameters(config, lora))
-    attention = 12 * sum(_causal_pairs(micro, with_padding=False) for micro in micros) * _attended_features(config)
-    return config.num_hidden_layers * (layers + attention) + 4 * _head_products(config, micros)
+def needed_flops(config: Any, lora: LoraConfig, work: Work) -> float:
+    """What forward and backward of this work need."""
+    layers = work.real_tokens * (4 * layer_parameters(config) + 6 * adapter_parameters(config, lora))
+    attention = 12 * work.pairs * _attended_features(config)
+    return config.num_hidden_layers * (layers + attention) + 4 * work.label_tokens * _head_parameters(config)
 
 
-def executed_flops(config: Any, run: RunConfig, micros: Sequence[Batch]) -> float:
-    """What forward and backward of these micro-batches execute as `run` does them, every `auto` of which is settled."""
-    num_layers = config.num_hidden_layers
-    slots = sum(micro.num_slots for micro in micros)
+def executed_flops(config: Any, run: RunConfig, work: Work) -> float:
+    """What forward and backward of this work execute as `run` does them, every `auto` of which is settled."""
+    num_layers, slots = config.num_hidden_layers, work.slots
     shapes, adapters = linear_shapes(config), adapter_parameters(config, run.lora)
     layers = slots * (4 * layer_parameters(config) + 6 * adapters)
-    pairs = sum(_pairs_visited(micro, run.kernels.attention) for micro in micros)
-    forward_attention = 4 * pairs * _attended_features(config)
+    forward_attention = 4 * work.visited_pairs * _attended_features(config)
     # dP, dQ, dK, dV, and the scores again where they were not kept.
     backward_attention = forward_attention * (2.0 if run.kernels.attention == "eager" else 2.5)
     again = slots * 2 * (layer_parameters(config) + adapters)
@@ -85,39 +112,31 @@ def executed_flops(config: Any, run: RunConfig, micros: Sequence[Batch]) -> floa
     return (
         num_layers * (layers + forward_attention + backward_attention)
         + recomputed * (again + forward_attention)
-        + 4 * _head_products(config, micros)
+        + 4 * work.head_rows * _head_parameters(config)
         - not_needed
     )
 
 
 def flop_figures(
-    config: Any,
-    run: RunConfig,
-    micros: Sequence[Batch],
-    *,
-    num_steps: int,
-    step_ms: float,
-    device: str,
-    ceilings: Ceilings | None,
+    *, needed: float, executed: float, step_ms: float, device: str, dtype: str, ceilings: Ceilings | None
 ) -> Flops | None:
-    """Rates and utilisation of a step of `step_ms`, `num_steps` of which consist of `micros`.
+    """Rates and utilisation of a step of `step_ms` that needs and executes so many operations.
 
     device: the GPU's name. Its peak is the table's for bf16; for a GPU that is not in it, and for float32, the rate of
     matrix products measured here. None where that was not measured either.
     """
-    peak = _peak(device, run.model.dtype, ceilings)
+    peak = _peak(device, dtype, ceilings)
     if peak is None:
         return None
     peak_tflops, source = peak
-    needed = needed_flops(config, run.lora, micros) / num_steps / step_ms / 1e9
-    executed = executed_flops(config, run, micros) / num_steps / step_ms / 1e9
+    model_tflops, hardware_tflops = needed / step_ms / 1e9, executed / step_ms / 1e9
     return Flops(
-        model_tflops=needed,
-        hardware_tflops=executed,
+        model_tflops=model_tflops,
+        hardware_tflops=hardware_tflops,
         peak_tflops=peak_tflops,
         peak_source=source,
-        model_utilisation=needed / peak_tflops,
-        hardware_utilisation=executed / peak_tflops,
+        model_utilisation=model_tflops / peak_tflops,
+        hardware_utilisation=hardware_tflops / peak_tflops,
     )
 
 
@@ -128,7 +147,7 @@ def _peak(device: str, dtype: str, ceilings: Ceilings | None) -> tuple[float, st
     if ceilings is None:
         return None
     why = f"products in {dtype}" if gpu is not None else f"{device} is not in the table of GPUs"
-    return ceilings.gemm_tflops, f"matrix products measured in this process, as {why}"
+    return ceilings.gemm_tflops, f"matrix products measured beside the steps, as {why}"
 
 
 def _adapted(config: Any, lora: LoraConfig) -> dict[str, tuple[int, int]]:
@@ -141,9 +160,8 @@ def _attended_features(config: Any) -> int:
     return linear_shapes(config)["q_proj"][1]
 
 
-def _head_products(config: Any, micros: Sequence[Batch]) -> int:
-    """Multiplications and additions, halved, of the head's rows that have a label."""
-    return config.hidden_size * config.vocab_size * sum(micro.num_label_tokens for micro in micros)
+def _head_parameters(config: Any) -> int:
+    return config.hidden_size * config.vocab_size
 
 
 def _causal_pairs(micro: Batch, *, with_padding: bool) -> int:
