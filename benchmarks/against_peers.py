@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peers.cases import CASES, OURS, PEERS
 from benchmarks.peers.process import AbsentProcess, LiveProcess, environment
-from benchmarks.peers.protocol import is_measured
+from benchmarks.peers.protocol import is_measured, read_row
 from benchmarks.peers.summary import describe, judge, table
 from benchmarks.peers.sweep import best_batches
 
@@ -108,6 +108,7 @@ class Comparison:
                 self._say_ready(side)
             for turn, side, options in turns:
                 self._take(turn, sides[side], options)
+        self._measure_ceilings()
 
     def result(self) -> dict[str, Any]:
         """What is written as JSON, of the rows that there are."""
@@ -140,6 +141,33 @@ class Comparison:
             row["batch"] = int(options[-1])
         self.rows.append({"turn": turn, **row})
         print(describe(self.rows[-1]), flush=True)
+
+    def _measure_ceilings(self) -> None:
+        """Into every row that was measured: what the device can do at its size of micro-batch, now that all is over."""
+        rows = [row for row in self.rows if is_measured(row)]
+        slots = [row["settings"]["batch"] * row["settings"]["length"] for row in rows]
+        if not rows:
+            return
+        words = ["benchmarks.peers.ceilings", self.shape, *map(str, sorted(set(slots)))]
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", *words],
+                env=environment(),
+                text=True,
+                capture_output=True,
+                check=False,
+                timeout=self.arguments.timeout_s,
+            )
+        except subprocess.TimeoutExpired as error:
+            print(f"no ceilings: {error}", flush=True)
+            return
+        if done.returncode:
+            print(f"no ceilings: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}", flush=True)
+            return
+        found = [row for line in done.stdout.splitlines() if (row := read_row(line)) is not None]
+        ceilings = {row["slots"]: row["ceilings"] for row in found}
+        for row, size in zip(rows, slots, strict=True):
+            row["ceilings"] = ceilings[size]
 
     def _say_ready(self, side: LiveProcess | AbsentProcess) -> None:
         ready = side.wait_ready()

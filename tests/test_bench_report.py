@@ -145,7 +145,12 @@ def test_every_cell_is_in_a_chart_and_shapes_are_apart():
 
 def test_the_reference_is_the_eager_cell_that_has_a_rate():
     assert reference_of(tutorial_cells()).name == "eager-4"
-    assert reference_of(tutorial_cells()[2:]) is None
+    assert reference_of(tutorial_cells()[2:4]) is None
+
+
+def test_without_an_eager_cell_the_fastest_other_trainer_is_the_reference():
+    slower = cell("slower", 17000, who="Unsloth", settings={"batch": 4})
+    assert reference_of([*tutorial_cells()[2:], slower]).name == "liger"
 
 
 def test_sessions_are_never_in_one_chart(tmp_path):

@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.peers.protocol import is_measured
 from packloop.bench.conditions import describe_conditions
-from packloop.bench.results import Cell, Conditions, Figures, Floor, Memory, save_cell
+from packloop.bench.flops import flop_figures
+from packloop.bench.results import Ceilings, Cell, Conditions, Figures, Floor, Flops, Memory, save_cell
 from packloop.bench.steps import Lap, lap_figures
 
 Row = dict[str, Any]
@@ -50,6 +51,9 @@ def make_cell(rows: list[Row], *, session: str, shape: str, all_rows: list[Row])
     turn, batch = row["turn"], row.get("batch")
     settings = row.get("settings", {})
     status = "measured" if measured else "out_of_memory" if row.get("out_of_memory") else "failed"
+    ceilings = Ceilings(**row["ceilings"]) if "ceilings" in row else None
+    figures = _figures(measured) if measured else None
+    conditions = _conditions(rows, all_rows)
     missing = [_reason(other) for other in rows if not is_measured(other)]
     return Cell(
         name=_name(turn, row["who"], settings.get("batch", batch)),
@@ -61,10 +65,13 @@ def make_cell(rows: list[Row], *, session: str, shape: str, all_rows: list[Row])
         settings=_shown(settings, ours=row["who"] == "packloop"),
         config=row.get("config", {key: value for key, value in settings.items() if key not in _OF_THE_RUN}),
         asked=row.get("asked"),
-        figures=_figures(measured) if measured else None,
+        num_parameters=row.get("num_parameters"),
+        figures=figures,
         memory=_memory(measured),
+        flops=_flops(measured, figures, conditions, ceilings),
+        ceilings=ceilings,
         floor=_floor(measured),
-        conditions=_conditions(rows, all_rows),
+        conditions=conditions,
     )
 
 
@@ -90,6 +97,21 @@ def _figures(rows: list[Row]) -> Figures:
     warm = [Lap(**lap) for row in rows for lap in row["laps"][: row["warmup_steps"]]]
     timed = [Lap(**lap) for row in rows for lap in row["laps"][row["warmup_steps"] :]]
     return Figures.model_validate(lap_figures(warm + timed, len(warm)))
+
+
+def _flops(rows: list[Row], figures: Figures | None, conditions: Conditions, ceilings: Ceilings | None) -> Flops | None:
+    """Of the average step of all turns in the median step's time. Every side's base is in bf16."""
+    known = [row["flops_per_step"] for row in rows if "flops_per_step" in row]
+    if not known or figures is None:
+        return None
+    return flop_figures(
+        needed=statistics.fmean(flops["needed"] for flops in known),
+        executed=statistics.fmean(flops["executed"] for flops in known),
+        step_ms=figures.step_ms.median,
+        device=conditions.device,
+        dtype="bfloat16",
+        ceilings=ceilings,
+    )
 
 
 def _memory(rows: list[Row]) -> Memory | None:

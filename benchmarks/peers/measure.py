@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from benchmarks.peers import work
 from packloop.bench.conditions import gpu_state
 from packloop.bench.steps import Lap, LapTimer, lap_figures, memory_figures, reset_peak
 from packloop.engine.budget import limit_memory
@@ -24,7 +26,10 @@ class StepMeter(TrainerCallback):
 
     def __init__(self):
         self.laps: list[Lap] = []
+        # Queries x keys of each lap's micro-batches.
+        self.masked_pairs: list[int] = []
         self._micros: list[tuple[Tensor | int, int, Tensor]] = []
+        self._pairs = 0
         self._losses: list[Tensor] = []
         self._timer = LapTimer()
 
@@ -34,6 +39,8 @@ class StepMeter(TrainerCallback):
 
         def counted(model, inputs: dict[str, Tensor], *args, **kwargs) -> Tensor:
             self._micros.append(_count(inputs))
+            rows, columns = inputs["input_ids"].shape
+            self._pairs += rows * columns * columns
             loss = take(model, inputs, *args, **kwargs)
             self._losses.append(loss.detach())
             return loss
@@ -42,11 +49,12 @@ class StepMeter(TrainerCallback):
         trainer.add_callback(self)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        self._micros, self._losses = [], []
+        self._micros, self._losses, self._pairs = [], [], 0
         self._timer.start()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         ms = self._timer.stop()
+        self.masked_pairs.append(self._pairs)
         self.laps.append(
             Lap(
                 ms=ms,
@@ -81,8 +89,8 @@ def managed_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(v.nbytes for v in values if isinstance(v, Tensor) and getattr(v, "is_paged", False))
 
 
-def measure_trainer(trainer: Trainer, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains and returns the row."""
+def measure_trainer(trainer: Trainer, arguments: argparse.Namespace, *, pairs_per_token: float) -> dict[str, Any]:
+    """Trains and returns the row. pairs_per_token: of its packs, as `work.pairs_per_token` counts them."""
     predicted = paged_bytes(p for p in trainer.model.parameters() if p.requires_grad)
     limit_memory(arguments.memory_cap_gib, predicted)
     meter = StepMeter()
@@ -90,7 +98,16 @@ def measure_trainer(trainer: Trainer, arguments: argparse.Namespace) -> dict[str
     reset_peak()
     trainer.train()
     managed = managed_bytes(trainer.optimizer)
-    return {**figures(meter.laps, arguments.warmup), **(memory_figures(managed) or {})}
+    row = {**figures(meter.laps, arguments.warmup), **(memory_figures(managed) or {})}
+    done = work.peers_work(
+        arguments,
+        real_tokens=row["real_tokens_per_step"],
+        slot_tokens=row["slot_tokens_per_step"],
+        label_tokens=row["label_tokens_per_step"],
+        masked_pairs=statistics.mean(meter.masked_pairs[arguments.warmup :]),
+        pairs_per_token=pairs_per_token,
+    )
+    return {**row, **work.step_figures(trainer.model.config, work.peers_run(arguments), done)}
 
 
 def figures(laps: list[Lap], warmup: int) -> dict[str, Any]:

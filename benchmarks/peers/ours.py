@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import live, measure, rows, settings
+from benchmarks.peers import live, measure, rows, settings, work
 from benchmarks.peers.shapes import SHAPES, shape_config
 from packloop.bench import steps
 from packloop.bench.floor import Floor, floor_figures
+from packloop.bench.flops import work_of
 from packloop.bench.synthetic import random_model
 from packloop.config import KernelsConfig, LoraConfig, RunConfig, TrainConfig
 from packloop.data.loader import TrainingData, build_data
@@ -86,17 +87,21 @@ class Packloop:
         floor = Floor.of(self._shape, first, self._device) if arguments.floor else None
         options = job.resolve()
         paged_bytes = job.optimizer.paged_bytes
-        laps, floors_ms = [], []
+        laps, floors_ms, timed = [], [], []
         with job.stepping(options) as step:
             steps.reset_peak()
             for number in range(arguments.warmup + arguments.steps):
                 micros = first if number == 0 else job.next_window()
                 laps.append(step(micros))
+                if number >= arguments.warmup:
+                    timed += [micro.batch for micro in micros]
                 if floor is not None:
                     floors_ms.append(floor.step_ms([micro.layout for micro in micros]))
         row = {**measure.figures(laps, arguments.warmup), **(steps.memory_figures(paged_bytes) or {})}
         if floor is not None:
             row |= floor_figures(laps, floors_ms, floor, arguments.warmup)
+        done = work_of(timed, job.config.kernels.attention)
+        row |= work.step_figures(self._shape, job.config, done.over(arguments.steps))
         chosen = {**options, "operations": dataclasses.asdict(options["operations"])}
         return {**row, "chosen": chosen, "config": shown_config(job.config)}
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.peers import measure, rows, settings
+from benchmarks.peers import measure, rows, settings, work
 
 
 def train(
@@ -42,7 +42,8 @@ def train(
             processing_class=tokenizer,
         )
         rows.check_same_tokens(trainer.train_dataset, given, arguments.packing)
-        return measure.measure_trainer(trainer, arguments)
+        pairs = work.pairs_per_token(trainer.train_dataset, arguments.packing)
+        return measure.measure_trainer(trainer, arguments, pairs_per_token=pairs)
 
 
 def _config(

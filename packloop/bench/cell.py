@@ -125,7 +125,7 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
     ceilings = measure_ceilings(subject.architecture, num_slots, dtype, subject.device)
     floor = _where_it_fits("floor", lambda: _floor(taken, subject)) if cell.floor else None
     conditions = describe_conditions(states[0], states[1], commit=plan.commit)
-    work = work_of(taken.micros, taken.config.kernels.attention)
+    work = work_of(taken.micros, taken.config.kernels.attention).over(plan.steps)
     passed = gate is None or gate.passed
     return Cell(
         name=cell.name,
@@ -140,8 +140,8 @@ def measure(directory: Path, plan: sessions.Plan, cell: sessions.CellPlan) -> Ce
         figures=Figures(**taken.figures),
         memory=None if taken.memory is None else Memory(**taken.memory),
         flops=flop_figures(
-            needed=needed_flops(subject.architecture, taken.config.lora, work) / plan.steps,
-            executed=executed_flops(subject.architecture, taken.config, work) / plan.steps,
+            needed=needed_flops(subject.architecture, taken.config.lora, work),
+            executed=executed_flops(subject.architecture, taken.config, work),
             step_ms=taken.step_ms,
             device=conditions.device,
             dtype=taken.config.model.dtype,

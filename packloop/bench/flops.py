@@ -40,6 +40,10 @@ class Work:
     pairs: float
     visited_pairs: float
 
+    def over(self, num_steps: int) -> Work:
+        """Of an average one of so many steps."""
+        return Work(**{name: count / num_steps for name, count in vars(self).items()})
+
 
 def work_of(micros: Sequence[Batch], attention: str) -> Work:
     """As packloop works: the head multiplies the rows that have a label. attention: a value of kernels.attention."""

@@ -75,11 +75,15 @@ def _way(cell: Cell) -> tuple:
 
 
 def reference_of(cells: list[Cell]) -> Cell | None:
-    """The eager path, packloop's before another's, else what the loss gates name; None where none has a rate."""
+    """The eager path, packloop's before another's, else what the loss gates name, else the fastest other trainer.
+
+    None where none of these has a rate.
+    """
     rated = sorted((cell for cell in cells if rate_of(cell)), key=lambda cell: cell.who != "packloop")
     eager = [cell for cell in rated if attention_of(cell) == "eager"]
     named = {cell.loss_gate.reference for cell in rated if cell.loss_gate}
-    return next(iter(eager), None) or next((cell for cell in rated if cell.name in named), None)
+    others = sorted((cell for cell in rated if cell.who != "packloop"), key=rate_of, reverse=True)
+    return next(iter([*eager, *(cell for cell in rated if cell.name in named), *others]), None)
 
 
 def batch_of(cell: Cell) -> int | None:

@@ -66,7 +66,10 @@ class Flops(Record):
 
 
 class Ceilings(Record):
-    """Measured in the cell's own process: matrix products of the model's shapes in its dtype, and a device copy."""
+    """Measured beside the steps: matrix products of the model's shapes in its dtype, and a device copy.
+
+    In the cell's own process; of a comparison with other trainers after all turns, in a process of its own.
+    """
 
     gemm_tflops: float
     copy_tb_per_s: float
