@@ -136,7 +136,7 @@ def test_a_turn_of_ours_starts_afresh_and_runs_with_its_floor(places):
 
 def test_floor_has_every_product_of_the_model(places):
     config = shape_config("tiny", places["tokenizer"])
-    floor = Floor(config, num_slots=64, num_labels=60, device=torch.device("cpu"))
+    floor = Floor(config, num_slots=64, num_labels=60, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert len(floor.products) == 2 * (len(groups_of(config)) + 1)
     weights = sum(group.in_features * sum(group.out_features) for group in groups_of(config))
     with torch.device("meta"):

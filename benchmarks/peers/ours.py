@@ -84,7 +84,8 @@ class Packloop:
     def _run(self, job: steps.Job, arguments: argparse.Namespace) -> dict[str, Any]:
         first = job.next_window()
         # Before the plan, which then counts the floor's buffers as memory that is taken.
-        floor = Floor.of(self._shape, first, self._device) if arguments.floor else None
+        dtype = getattr(torch, job.config.model.dtype)
+        floor = Floor.of(self._shape, first, dtype, self._device) if arguments.floor else None
         options = job.resolve()
         paged_bytes = job.optimizer.paged_bytes
         laps, floors_ms, timed = [], [], []

@@ -304,7 +304,8 @@ def _floor(taken: Probe, subject: Subject) -> FloorRecord | None:
     device, num_micros = subject.device, taken.config.train.gradient_accumulation_steps
     first = taken.micros[0]
     num_labels = round(sum(micro.num_label_tokens for micro in taken.micros) / len(taken.micros))
-    floor = Floor(subject.architecture, num_slots=first.num_slots, num_labels=num_labels, device=device)
+    dtype = getattr(torch, taken.config.model.dtype)
+    floor = Floor(subject.architecture, num_slots=first.num_slots, num_labels=num_labels, dtype=dtype, device=device)
     layouts = [to_device(micro, device)[2] for micro in taken.micros]
     windows = [layouts[start : start + num_micros] for start in range(0, len(layouts), num_micros)][:MOST_FLOORS]
     times_ms = sorted(floor.step_ms(window) for window in windows)

@@ -1,10 +1,11 @@
 """The floor of a training step: its matrix products without recomputation and its attention, each as fast as it goes.
 
 In it, for every micro-batch: forward and input gradient of the seven linear layers of each decoder layer and of the
-head, in the fastest of the layouts tried, on random-normal bf16 inputs; and the fastest attention, forward and
-backward, on the micro-batch's own `cu_seqlens`. The head takes the rows that have a label. The first layer's q, k and
-v need no input gradient, as the embedding is frozen, and have none here. Not in it: weight gradients (the base is
-frozen), dequantisation, adapters, norms, activations, loss and optimizer.
+head, in the fastest of the layouts tried, on random-normal inputs of the base's compute dtype; and the fastest
+attention, forward and backward, on the micro-batch's own `cu_seqlens`. The head takes the rows that have a label. The
+first layer's q, k and v need no input gradient, as the embedding is frozen, and have none here. Not in it: weight
+gradients (the base is frozen), dequantisation, adapters, norms, activations, loss and optimizer. Products in float32
+run as the process has set them, in TF32 under `train.tf32`.
 """
 
 from __future__ import annotations
@@ -61,18 +62,21 @@ class Product:
 class Floor:
     """The products of one micro-batch size, ready to run, in the layouts that were fastest here.
 
-    num_slots: rows of the decoder's products; num_labels: rows of the head's. One layer's weights serve all layers:
-    they are larger than any cache.
+    num_slots: rows of the decoder's products; num_labels: rows of the head's; dtype: of weights and activations. One
+    layer's weights serve all layers: they are larger than any cache.
     """
 
-    def __init__(self, config: LlamaConfig, *, num_slots: int, num_labels: int, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(
+        self, config: LlamaConfig, *, num_slots: int, num_labels: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.config, self.dtype, self.device = config, dtype, device
         head = Group("head", config.hidden_size, (config.vocab_size,))
         rows = [(group, num_slots) for group in groups_of(config)] + [(head, num_labels)]
         self.products = {}
         for group, num_rows in rows:
-            self.products[f"{group.name} forward"] = self._fastest(_forwards(group, num_rows, device))
-            self.products[f"{group.name} input gradient"] = self._fastest(_input_gradients(group, num_rows, device))
+            forwards, gradients = (make(group, num_rows, dtype, device) for make in (_forwards, _input_gradients))
+            self.products[f"{group.name} forward"] = self._fastest(forwards)
+            self.products[f"{group.name} input gradient"] = self._fastest(gradients)
         self.attention: str | None = None
         self.why_attention = ""
         self._attention_inputs: dict[int, list[Tensor]] = {}
@@ -80,11 +84,10 @@ class Floor:
             torch.cuda.empty_cache()  # of the layouts that lost
 
     @classmethod
-    def of(cls, config: LlamaConfig, micros: list[Micro], device: torch.device) -> Floor:
+    def of(cls, config: LlamaConfig, micros: list[Micro], dtype: torch.dtype, device: torch.device) -> Floor:
         """For steps like this one; their micro-batches are all of one size."""
-        return cls(
-            config, num_slots=micros[0].batch.num_slots, num_labels=micros[0].batch.num_label_tokens, device=device
-        )
+        first = micros[0].batch
+        return cls(config, num_slots=first.num_slots, num_labels=first.num_label_tokens, dtype=dtype, device=device)
 
     def step_ms(self, layouts: list[DocumentLayout]) -> float:
         """Wall time of all products and attention of one optimizer step, whose micro-batches have these layouts."""
@@ -101,7 +104,7 @@ class Floor:
         return choose_backend(
             "auto",
             is_packed=any(layout.is_packed for layout in layouts),
-            dtype=torch.bfloat16,
+            dtype=self.dtype,
             device=self.device,
             heads=self._heads,
             layout=layouts[0],
@@ -136,7 +139,8 @@ class Floor:
         """q, k, v, the output's gradient, and places for the gradients of q, k and v."""
         if num_slots not in self._attention_inputs:
             heads, kv_heads, head_dim = self._heads
-            made = [_normal((num_slots, n, head_dim), self.device) for n in (heads, kv_heads, kv_heads, heads)]
+            counts = (heads, kv_heads, kv_heads, heads)
+            made = [_normal((num_slots, count, head_dim), self.dtype, self.device) for count in counts]
             self._attention_inputs[num_slots] = made + [torch.empty_like(x) for x in made[:3]]
         return self._attention_inputs[num_slots]
 
@@ -154,14 +158,14 @@ class Floor:
         }
 
 
-def _forwards(group: Group, num_rows: int, device: torch.device) -> dict[str, Callable[[], None]]:
+def _forwards(group: Group, num_rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], None]]:
     """y = x W^T with W stored [out, in] (NT) or [in, out] (NN), members joined to one product or split."""
-    x = _normal((num_rows, group.in_features), device)
+    x = _normal((num_rows, group.in_features), dtype, device)
     candidates = {}
     for name, sizes in _splits(group).items():
-        outs = [torch.empty(num_rows, size, dtype=x.dtype, device=device) for size in sizes]
-        nt = [_normal((size, group.in_features), device).t() for size in sizes]
-        nn = [_normal((group.in_features, size), device) for size in sizes]
+        outs = [torch.empty(num_rows, size, dtype=dtype, device=device) for size in sizes]
+        nt = [_normal((size, group.in_features), dtype, device).t() for size in sizes]
+        nn = [_normal((group.in_features, size), dtype, device) for size in sizes]
         candidates[f"{name} NT"] = _products(x, nt, outs)
         candidates[f"{name} NN"] = _products(x, nn, outs)
     return candidates
@@ -175,14 +179,16 @@ def _products(x: Tensor, weights: list[Tensor], outs: list[Tensor]) -> Callable[
     return run
 
 
-def _input_gradients(group: Group, num_rows: int, device: torch.device) -> dict[str, Callable[[], None]]:
+def _input_gradients(
+    group: Group, num_rows: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], None]]:
     """dx = dy W with W stored [out, in] (NN) or [in, out] (NT), members joined, or split and summed in place."""
-    dx = torch.empty(num_rows, group.in_features, dtype=torch.bfloat16, device=device)
+    dx = torch.empty(num_rows, group.in_features, dtype=dtype, device=device)
     candidates = {}
     for name, sizes in _splits(group).items():
-        dys = [_normal((num_rows, size), device) for size in sizes]
-        nn = [_normal((size, group.in_features), device) for size in sizes]
-        nt = [_normal((group.in_features, size), device).t() for size in sizes]
+        dys = [_normal((num_rows, size), dtype, device) for size in sizes]
+        nn = [_normal((size, group.in_features), dtype, device) for size in sizes]
+        nt = [_normal((group.in_features, size), dtype, device).t() for size in sizes]
         candidates[f"{name} NN"] = _summed_products(dys, nn, dx)
         candidates[f"{name} NT"] = _summed_products(dys, nt, dx)
     return candidates
@@ -202,8 +208,8 @@ def _splits(group: Group) -> dict[str, tuple[int, ...]]:
     return joined | {"split": group.out_features} if len(group.out_features) > 1 else joined
 
 
-def _normal(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device=device)
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=device)
 
 
 def _median_ms(run: Callable[[], None], device: torch.device) -> float:
