@@ -277,7 +277,11 @@ def report(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the data set that costs are for.")] = 15_011,
     epochs: Annotated[float, typer.Option(min=0.01, help="Passes over it.")] = 3,
     tokens_per_row: Annotated[
-        float, typer.Option(min=1, help="Real tokens of its mean row; `packloop data stats` counts them.")
+        float,
+        typer.Option(
+            min=1,
+            help="Real tokens of its mean row, by `packloop data stats`; the default is of 100 of the tutorial's.",
+        ),
     ] = 151,
     prices: Annotated[Path | None, typer.Option(help="A price file of your own, instead of the one shipped.")] = None,
     instance: Annotated[list[str] | None, typer.Option(help="Only this instance's cost; may be repeated.")] = None,

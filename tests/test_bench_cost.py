@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from packloop.bench.cost import (
     slowdown,
     splits_of,
 )
-from packloop.bench.cost_section import cost_blocks, hours
+from packloop.bench.cost_section import cost_blocks, cost_introduction, hours
 from packloop.bench.document import Document, Paragraph, Table, render_markdown
 from packloop.bench.prices import Instance, load_prices
 from packloop.bench.results import Ceilings, Cell, Flops, Profile, save_cell
@@ -343,3 +344,17 @@ def test_the_command_takes_a_data_set_and_instances(tmp_path, monkeypatch):
     assert "1,000 rows x 2 epochs x 180 real tokens a row = 0.36 million tokens" in text
     assert f"36 s, ${36 / 3600 * 3.99:.2f}" in text or f"0.6 min, ${36 / 3600 * 3.99:.2f}" in text
     assert "p5.48xlarge" not in text
+
+
+def test_the_report_says_where_its_default_tokens_per_row_are_from():
+    def introduction(data: DataSet) -> str:
+        return render_markdown(Document("t", cost_introduction([], data)))
+
+    assert "151 is the mean of a sample of 100 rows of databricks-dolly-15k" in introduction(TUTORIAL_DATA)
+    assert "sample of 100 rows" in introduction(DataSet(rows=4000, epochs=1, tokens_per_row=151))
+    assert "sample" not in introduction(DATA)
+
+
+def test_the_command_lines_defaults_are_the_tutorials_data():
+    defaults = {name: one.default for name, one in inspect.signature(cli.report).parameters.items()}
+    assert DataSet(defaults["rows"], defaults["epochs"], defaults["tokens_per_row"]) == TUTORIAL_DATA

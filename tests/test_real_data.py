@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from packloop.bench.cost import TUTORIAL_DATA, TUTORIAL_TOKENS_PER_ROW
 from packloop.cli import app
 from packloop.data.prompts import get_template
 
@@ -115,3 +117,19 @@ def test_trains(real, tiny_llama, tmp_path, packing):
         assert 0 < step["label_tokens"] < step["real_tokens"] <= step["slot_tokens"] <= 2 * 2 * 256
         assert step["grad_norm"] > 0
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_the_tutorials_tokens_per_row_are_what_the_sample_has(shared_data, llama2_tokenizer):
+    lines = (shared_data / "dolly_100.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    prompt = (
+        "### Instruction:\nUse the Input below to create an instruction, which could have been used to generate the "
+        "input using an LLM. \n\n### Input:\n{response}\n\n### Response:\n{instruction}\n"
+    )
+    num_tokens = [
+        len(llama2_tokenizer(prompt.format(**row))["input_ids"]) + 1 for row in rows
+    ]  # BOS is added, EOS is not
+    error = statistics.stdev(num_tokens) / math.sqrt(len(rows))
+    assert round(statistics.mean(num_tokens)) == TUTORIAL_DATA.tokens_per_row
+    assert f"sample of {len(rows)} rows" in TUTORIAL_TOKENS_PER_ROW
+    assert f"standard error is {error:.0f}" in TUTORIAL_TOKENS_PER_ROW

@@ -9,6 +9,7 @@ from packloop.bench.cost import (
     MEASURED,
     PROJECTED,
     TUTORIAL_DATA,
+    TUTORIAL_TOKENS_PER_ROW,
     DataSet,
     Estimate,
     estimate,
@@ -28,11 +29,13 @@ from packloop.gpus import find_gpu
 
 def cost_introduction(instances: list[Instance], data: DataSet) -> list[Block]:
     """What all sessions' costs are for, by which rule, and at which prices."""
+    is_estimate = data.tokens_per_row == TUTORIAL_DATA.tokens_per_row
+    basis = f" {data.tokens_per_row:g} is {TUTORIAL_TOKENS_PER_ROW}." if is_estimate else ""
     return [
         Heading("Cost"),
         Paragraph(
             f"For {data.rows:,} rows x {data.epochs:g} epochs x {data.tokens_per_row:g} real tokens a row = "
-            f"{data.tokens / 1e6:.2f} million tokens; loading, evaluation and checkpoints are not counted."
+            f"{data.tokens / 1e6:.2f} million tokens; loading, evaluation and checkpoints are not counted.{basis}"
         ),
         Bullets(
             [
