@@ -210,8 +210,10 @@ if triton is not None:
         )
 
 
-def _mask_arguments(p: float, seed: int | Tensor, stream: int, like: Tensor) -> tuple[int | Tensor, int, int, bool]:
-    """(seed, stream, threshold, seed lies on the device) as the kernels take them, after checking them."""
+def _mask_arguments(
+    p: float, seed: int | Tensor, stream: int, like: Tensor
+) -> tuple[tuple[int | Tensor, int, int], dict[str, bool]]:
+    """((seed, stream, threshold), whether the seed lies on the device) as every kernel takes them, after checks."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != like.device:
             raise ValueError(
@@ -221,7 +223,7 @@ def _mask_arguments(p: float, seed: int | Tensor, stream: int, like: Tensor) -> 
         raise ValueError(f"seed {seed}: at least 0 and below 2^63 is needed")
     if not 0 <= stream < 2**31:
         raise ValueError(f"stream {stream}: at least 0 and below 2^31 is needed")
-    return seed, stream, dropout_threshold(p), isinstance(seed, Tensor)
+    return (seed, stream, dropout_threshold(p)), {"SEED_ON_DEVICE": isinstance(seed, Tensor)}
 
 
 def dropout_apply(
@@ -232,7 +234,7 @@ def dropout_apply(
     `seed` is an int below 2^63 or one int64 on x's device; `stream` sets apart masks under one seed (a layer and linear
     group, for example). `out` may be x. x is contiguous.
     """
-    seed, stream, threshold, seed_on_device = _mask_arguments(p, seed, stream, x)
+    mask, options = _mask_arguments(p, seed, stream, x)
     scale = 1.0 / keep_probability(p) if rescale else 1.0
     if reference.serves(x):
         kept = reference.dropout_mask(tuple(x.shape), p, seed, stream=stream, device=x.device)
@@ -243,16 +245,7 @@ def dropout_apply(
         raise ValueError(f"x has strides {x.stride()} and out {out.stride()}: contiguous tensors are needed")
     if x.numel() > 0:
         _dropout_kernel[(triton.cdiv(x.numel(), _BLOCK_ELEMENTS),)](
-            x,
-            out,
-            seed,
-            stream,
-            threshold,
-            scale,
-            x.numel(),
-            SEED_ON_DEVICE=seed_on_device,
-            BLOCK=_BLOCK_ELEMENTS,
-            num_warps=8,
+            x, out, *mask, scale, x.numel(), **options, BLOCK=_BLOCK_ELEMENTS, num_warps=8
         )
     return out
 
@@ -268,15 +261,21 @@ def fits_fused_products(x_TH: Tensor, num_ranks: int) -> bool:
     )
 
 
-def _block_ranks(num_ranks: int) -> int:
-    return max(triton.next_power_of_2(num_ranks), 16)
+def _tile(x: Tensor, num_ranks: int, usual: tuple[int, int, int]) -> dict[str, int]:
+    """Tokens, features, ranks and warps of a program, as the three products' kernels take them.
 
-
-def _blocks(x: Tensor, block_r: int, usual: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Tokens, features and warps a block: `usual` for 16-bit inputs; what fits 99 KiB of shared memory for the rest."""
+    usual: tokens, features and warps for 16-bit inputs and up to 128 ranks. For the rest fewer: what a program holds
+    must fit 99 KiB of shared memory.
+    """
+    block_ranks = max(triton.next_power_of_2(num_ranks), 16)
+    tokens, features, num_warps = usual if block_ranks <= 128 else (64, 64, 8)
     if x.element_size() > 2:
-        return 32, 32, 4
-    return usual if block_r <= 128 else (64, 64, 8)
+        tokens, features, num_warps = 32, 32, 4
+    return {"BLOCK_T": tokens, "BLOCK_H": features, "BLOCK_R": block_ranks, "num_warps": num_warps}
+
+
+def _row_strides(*matrices: Tensor) -> tuple[int, ...]:
+    return tuple(matrix.stride(0) for matrix in matrices)
 
 
 def dropout_project(
@@ -293,32 +292,14 @@ def dropout_project(
 
     `out` may have strided rows.
     """
-    seed, stream, threshold, seed_on_device = _mask_arguments(p, seed, stream, x_TH)
-    num_tokens, num_features = x_TH.shape
-    num_ranks = a_RH.shape[0]
+    mask, options = _mask_arguments(p, seed, stream, x_TH)
+    sizes = (*x_TH.shape, a_RH.shape[0])
+    num_tokens, _, num_ranks = sizes
     out_TR = torch.empty(num_tokens, num_ranks, dtype=x_TH.dtype, device=x_TH.device) if out is None else out
-    block_r = _block_ranks(num_ranks)
-    block_t, block_h, num_warps = _blocks(x_TH, block_r, (128, 64, 8) if num_tokens >= 16384 else (64, 64, 4))
-    _project_kernel[(triton.cdiv(num_tokens, block_t),)](
-        x_TH,
-        a_RH,
-        out_TR,
-        seed,
-        stream,
-        threshold,
-        scale,
-        num_tokens,
-        num_features,
-        num_ranks,
-        x_TH.stride(0),
-        a_RH.stride(0),
-        out_TR.stride(0),
-        SEED_ON_DEVICE=seed_on_device,
-        BLOCK_T=block_t,
-        BLOCK_H=block_h,
-        BLOCK_R=block_r,
-        num_warps=num_warps,
-        num_stages=3,
+    matrices = (x_TH, a_RH, out_TR)
+    tile = _tile(x_TH, num_ranks, (128, 64, 8) if num_tokens >= 16384 else (64, 64, 4))
+    _project_kernel[(triton.cdiv(num_tokens, tile["BLOCK_T"]),)](
+        *matrices, *mask, scale, *sizes, *_row_strides(*matrices), **options, **tile, num_stages=3
     )
     return out_TR
 
@@ -333,32 +314,22 @@ def dropout_add_input_gradient_(
     stream: int = 0,
 ) -> Tensor:
     """`dx += mask * (d_projected A)` in place, in one pass over dx; added in float32, rounded once."""
-    seed, stream, threshold, seed_on_device = _mask_arguments(p, seed, stream, dx_TH)
-    num_tokens, num_features = dx_TH.shape
-    num_ranks = a_RH.shape[0]
-    block_r = _block_ranks(num_ranks)
-    block_t, block_h, num_warps = _blocks(dx_TH, block_r, (64, 64, 8))
-    features_per_program = _INPUT_GRADIENT_STEPS * block_h
-    _add_input_gradient_kernel[(triton.cdiv(num_tokens, block_t) * triton.cdiv(num_features, features_per_program),)](
-        d_projected_TR,
-        a_RH,
-        dx_TH,
-        seed,
-        stream,
-        threshold,
-        num_tokens,
-        num_features,
-        num_ranks,
-        d_projected_TR.stride(0),
-        a_RH.stride(0),
-        dx_TH.stride(0),
+    mask, options = _mask_arguments(p, seed, stream, dx_TH)
+    sizes = (*dx_TH.shape, a_RH.shape[0])
+    num_tokens, num_features, num_ranks = sizes
+    matrices = (d_projected_TR, a_RH, dx_TH)
+    tile = _tile(dx_TH, num_ranks, (64, 64, 8))
+    features_per_program = _INPUT_GRADIENT_STEPS * tile["BLOCK_H"]
+    num_programs = triton.cdiv(num_tokens, tile["BLOCK_T"]) * triton.cdiv(num_features, features_per_program)
+    _add_input_gradient_kernel[(num_programs,)](
+        *matrices,
+        *mask,
+        *sizes,
+        *_row_strides(*matrices),
         features_per_program,
-        STAGES=3 if block_r <= 128 else 2,
-        SEED_ON_DEVICE=seed_on_device,
-        BLOCK_T=block_t,
-        BLOCK_H=block_h,
-        BLOCK_R=block_r,
-        num_warps=num_warps,
+        STAGES=3 if tile["BLOCK_R"] <= 128 else 2,
+        **options,
+        **tile,
     )
     return dx_TH
 
@@ -370,35 +341,26 @@ def dropout_weight_gradient(
 
     Tokens are split among programs and the partial sums added in a fixed order: two runs agree bit for bit.
     """
-    seed, stream, threshold, seed_on_device = _mask_arguments(p, seed, stream, x_TH)
-    num_tokens, num_features = x_TH.shape
-    num_ranks = d_projected_TR.shape[1]
-    block_r = _block_ranks(num_ranks)
-    block_t, block_h, num_warps = _blocks(x_TH, block_r, (64, 128, 8))
-    num_blocks = triton.cdiv(num_features, block_h)
+    mask, options = _mask_arguments(p, seed, stream, x_TH)
+    sizes = (*x_TH.shape, d_projected_TR.shape[1])
+    num_tokens, num_features, num_ranks = sizes
+    tile = _tile(x_TH, num_ranks, (64, 128, 8))
+    block_tokens, num_blocks = tile["BLOCK_T"], triton.cdiv(num_features, tile["BLOCK_H"])
     # Enough programs to fill a GPU, few enough that the partial sums stay small beside x, each with 8 steps or more.
-    num_splits = max(min(triton.cdiv(_WEIGHT_GRADIENT_PROGRAMS, num_blocks), num_tokens // (8 * block_t)), 1)
-    tokens_per_split = triton.cdiv(triton.cdiv(num_tokens, num_splits), block_t) * block_t
+    num_splits = max(min(triton.cdiv(_WEIGHT_GRADIENT_PROGRAMS, num_blocks), num_tokens // (8 * block_tokens)), 1)
+    tokens_per_split = triton.cdiv(triton.cdiv(num_tokens, num_splits), block_tokens) * block_tokens
     num_splits = triton.cdiv(num_tokens, tokens_per_split) if num_tokens > 0 else 1
     partial = torch.empty(num_splits, num_ranks, num_features, dtype=torch.float32, device=x_TH.device)
+    matrices = (d_projected_TR, x_TH)
     _weight_gradient_kernel[(num_splits * num_blocks,)](
-        d_projected_TR,
-        x_TH,
+        *matrices,
         partial,
-        seed,
-        stream,
-        threshold,
-        num_tokens,
-        num_features,
-        num_ranks,
-        d_projected_TR.stride(0),
-        x_TH.stride(0),
+        *mask,
+        *sizes,
+        *_row_strides(*matrices),
         tokens_per_split,
-        SEED_ON_DEVICE=seed_on_device,
-        BLOCK_T=block_t,
-        BLOCK_H=block_h,
-        BLOCK_R=block_r,
-        num_warps=num_warps,
+        **options,
+        **tile,
         num_stages=3,
     )
     return partial[0] if num_splits == 1 else partial.sum(0)
