@@ -13,7 +13,7 @@ from small_job import small_config, write_rows
 from torch.nn.modules import module as torch_module
 from typer.testing import CliRunner
 
-from packloop.bench.breakdown import StepBreakdown
+from packloop.bench.breakdown import StepBreakdown, unknown_kernels
 from packloop.bench.kernel_classes import CLASSES
 from packloop.bench.profile import profile_step, profile_steps, trace_step
 from packloop.bench.steps import Job
@@ -27,6 +27,10 @@ from packloop.kernels import decoder_layer, nf4
 
 NF4 = {"quantization": "nf4", "dtype": "bfloat16"}
 LAYERS, HIDDEN, INTERMEDIATE, SLOTS = 2, 64, 128, 96
+# Operators that read or write whole tensors: whose work each one is must be known.
+_COMPUTING = ("mm", "bmm", "addmm", "mul", "mul_", "sub", "div", "pow", "mean", "rsqrt", "silu", "exp", "logsumexp")
+_COMPUTING += ("_softmax", "_scaled_dot_product_flash_attention_for_cpu", "copy_", "cat", "index_select", "gather")
+COMPUTING = {f"aten::{name}" for name in _COMPUTING}
 BASE_WEIGHTS = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
 
 
@@ -82,7 +86,7 @@ def test_forward_recomputation_and_backward_are_told_apart(tiny_job, tmp_path, l
     assert step.parts["forward", "head + loss"].flops == 4.0 * HIDDEN * 32000 * num_labels
     assert step.parts["update", "optimizer"].ms > 0
     assert set(step.by_class_ms()) <= set(CLASSES)
-    assert step.parts["forward", "other"].ms < 0.2 * phases["forward"]
+    assert not COMPUTING & {name for name, _, _ in unknown_kernels([step])}, "views and allocations only"
     joined = step.parts["forward", "LoRA"].joined_ms > 0
     assert joined == (layer == "fused")
     assert (step.rebuilt_ms > 0) == (layer == "fused")

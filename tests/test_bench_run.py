@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -63,20 +64,45 @@ def start(matrix: Path, output: Path) -> subprocess.Popen:
     )
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, path
-        time.sleep(0.02)
+class Gate:
+    """A named pipe where a cell's rows should be: whoever reads them stands still until the pipe is taken away.
+
+    However late the test's own process gets to run, the cell is found where it stands.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        os.mkfifo(path)
+
+    def wait_for_reader(self, process: subprocess.Popen) -> None:
+        """Until the cell's process, which `process` started, reads its rows; it then waits for what never comes."""
+        deadline = time.monotonic() + 240
+        while (writer := self._open()) is None:
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline, "no cell asked for its rows"
+            time.sleep(0.02)
+        self._writer = writer
+
+    def _open(self) -> int | None:
+        try:
+            return os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return None  # nobody reads yet
+
+    def replace(self, text: str) -> None:
+        """A file of these rows in the pipe's place."""
+        os.close(self._writer)
+        self.path.unlink()
+        self.path.write_text(text)
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run without gate, stopped by SIGTERM after its first cell: (matrix, results, when its result was written)."""
+    """A run without gate, stopped by SIGTERM in its second cell: (matrix, results, when the first was written)."""
     directory = tmp_path_factory.mktemp("stopped")
-    row = {"instruction": "Write a long text.", "response": "a b c d e f g h " * too_long()}
-    (directory / "long.jsonl").write_text(json.dumps(row) + "\n")
+    rows = Gate(directory / "long.jsonl")
     long = {"data.source": str(directory / "long.jsonl"), "data.max_length": too_long(), "kernels.attention": "eager"}
     cells = {
         "plain": {"profile": True, "floor": True},
@@ -85,17 +111,20 @@ def stopped(tmp_path_factory):
     }
     matrix, output = write(directory, cells=cells, gate=False), directory / "results"
     process = start(matrix, output)
-    wait_for(output / "cells" / "plain.json", process)
-    children = psutil.Process(process.pid).children(recursive=True)
+    rows.wait_for_reader(process)
+    (child,) = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 130, said
     assert said.splitlines()[-1].startswith("stopped; the same command goes on")
-    psutil.wait_procs(children, timeout=10)
-    assert not [child for child in children if child.is_running()], "its cell's process went on"
+    # It ended its cell's process, and waited for that, before it ended itself.
+    assert not child.is_running()
+    row = {"instruction": "Write a long text.", "response": "a b c d e f g h " * too_long()}
+    rows.replace(json.dumps(row) + "\n")
     return matrix, output, (output / "cells" / "plain.json").stat().st_mtime_ns
 
 
+@pytest.mark.timeout(600)
 def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped):
     matrix, output, measured_at = stopped
     assert [cell.name for cell in load_cells(output)] == ["plain"]
@@ -118,7 +147,8 @@ def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped):
     assert plain.config["bench"] == {"synthetic": "tiny", "tokenizer": None, "warmup": 1, "steps": 3}
     assert plain.loss_gate is None
     assert plain.floor.fraction > 0
-    assert plain.floor.ms == pytest.approx(sum(plain.floor.parts_ms.values()), rel=0.5)
+    # Products timed apart, and what is left of the whole; apart they may take longer, however much on a busy CPU.
+    assert sum(plain.floor.parts_ms.values()) >= plain.floor.ms * (1 - 1e-9)
     assert plain.profile.busy_ms <= plain.profile.step_ms
     assert plain.ceilings.gemm_tflops > 0
     assert plain.flops.peak_tflops == plain.ceilings.gemm_tflops
@@ -141,12 +171,14 @@ def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped):
 
 
 def test_a_killed_run_leaves_no_process_that_goes_on_measuring(tmp_path):
-    process = start(write(tmp_path, cells={"plain": {}}, gate=False), tmp_path / "results")
-    wait_for(tmp_path / "results" / "conditions.json", process)
+    rows = Gate(tmp_path / "rows.jsonl")
+    cells = {"plain": {"data.source": str(rows.path)}}
+    process = start(write(tmp_path, cells=cells, gate=False), tmp_path / "results")
+    rows.wait_for_reader(process)
     (child,) = psutil.Process(process.pid).children()
     process.kill()
-    process.communicate(timeout=60)
-    child.wait(timeout=20)
+    process.communicate(timeout=200)
+    child.wait(timeout=200)
     assert not (tmp_path / "results" / "cells").exists()
 
 
