@@ -218,16 +218,26 @@ def run(
     output: Annotated[Path, typer.Option(help="Directory for the results; one begun before is continued.")] = ...,
     synthetic: Annotated[
         str | None,
-        typer.Option(metavar="SHAPE|DIR", help="Random weights: llama2-7b, llama3-8b, tinyllama-1.1b, tiny, a model."),
+        typer.Option(
+            metavar="SHAPE|DIR",
+            help="Random weights: llama2-7b, llama3-8b, tinyllama-1.1b, tiny, or a directory with a config.json.",
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="DIR|NAME|bundled", help="Whose tokens; default the model's, else bundled.")
+        str | None,
+        typer.Option(metavar="DIR|NAME|bundled", help="Whose tokens; default: the model's, of random weights bundled."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Timed steps of a cell, instead of the matrix's.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Timed steps of a cell, instead of the matrix's; compare needs 5 or more."),
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(metavar="CELL", help="Measure this cell; may be repeated.")] = None,
     commit: Annotated[str | None, typer.Option(help="Commit to name where this is no git checkout.")] = None,
 ) -> None:
-    """Measure every cell of MATRIX in a process of its own; stopped, the same command goes on at the next cell."""
+    """Measure every cell of MATRIX in a process of its own; stopped, the same command goes on at the next cell.
+
+    Exit code 1 where a cell failed or its steps were wrong; out of memory is a result.
+    """
     from packloop.bench.run import run_matrix
 
     is_sound = run_matrix(
@@ -272,7 +282,12 @@ def plan(
 
 @bench_app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="Directories of `packloop bench run`.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULTS...", help="Directories of `packloop bench run`, or of benchmarks/against_peers.py."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Directory for report.md, report.html and what they link to.")],
     rows: Annotated[int, typer.Option(min=1, help="Rows of the data set that costs are for.")] = 15_011,
     epochs: Annotated[float, typer.Option(min=0.01, help="Passes over it.")] = 3,
@@ -303,7 +318,8 @@ def compare(
         float, typer.Option(help="Fail where B's tokens/s are surely below this share of A's.")
     ] = 0.97,
     allow_different: Annotated[
-        list[str] | None, typer.Option(metavar="KEY|all", help="A condition that may differ; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="KEY|all", help="A condition that may differ, for example driver; may be repeated."),
     ] = None,
 ) -> None:
     """Fail (exit code 1) where B is slower than A, needs more memory or has lost a cell.

@@ -106,6 +106,14 @@ FAULTS = {
         "cell one: kernels.atention='eager': no such setting; nearest: kernels.attention",
     ),
     "unknown section": (ONE | {"cells": {"one": {"kernel.attention": "eager"}}}, "no such section"),
+    "a key of the matrix in a cell": (
+        ONE | {"cells": {"one": {"steps": 3}}},
+        "cell one: steps=3: this is no setting of a run but a key of the matrix$",
+    ),
+    "a key of cells as a setting": (
+        ONE | {"set": {"synthetic": "tiny"}},
+        "synthetic='tiny': .* a key of the matrix or of a cell",
+    ),
     "no section": (ONE | {"cells": {"one": {"attention": "eager"}}}, "section.key is needed"),
     "value": (ONE | {"cells": {"one": {"kernels.attention": "flash"}}}, "cell one: kernels.attention='flash': allowed"),
     "settings at odds": (
@@ -184,14 +192,25 @@ def test_a_shape_on_the_command_line_is_said_to_be_from_there(tmp_path):
         read_matrix(write(tmp_path, ONE), synthetic="llama9")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [('{"model_type": "gpt2"}', "is of model_type 'gpt2'; 'llama' is needed"), ("[", "its config.json cannot be read")],
+)
+def test_a_directory_s_shape_is_refused_unless_it_is_a_llama_s(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"cell one: model shape '{tmp_path}'.* {words}"):
+        read_matrix(write(tmp_path, ONE | {"synthetic": str(tmp_path)}))
+
+
 def test_the_command_line_cannot_set_what_a_cell_sets_for_itself(tmp_path):
     path = write(tmp_path, {"synthetic": "tiny", "cells": {"one": {"train.seed": 1}, "two": {"synthetic": "tiny"}}})
     with pytest.raises(ConfigError, match=r"train\.seed is set by cell one"):
         read_matrix(path, ["train.seed=2"])
     with pytest.raises(ConfigError, match="synthetic is set by cell two"):
         read_matrix(path, synthetic="llama2-7b")
-    with pytest.raises(ConfigError, match=r"override 'train\.seed': section.key=value is needed"):
-        read_matrix(path, ["train.seed"])
+    for text in ("train.seed", "seed=3"):
+        with pytest.raises(ConfigError, match=f"override '{text}': section.key=value is needed"):
+            read_matrix(path, [text])
     with pytest.raises(ConfigError, match="--only three: no such cell; allowed: one, two"):
         select_cells(read_matrix(path), ["three"])
 

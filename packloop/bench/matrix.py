@@ -259,6 +259,9 @@ def _check_shape(shape: str, where: str) -> None:
 def _put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
     """Sets `section.key` in nested dictionaries; what is no such setting is found when they are parsed."""
     *sections, last = key.split(".")
+    if key in _MatrixFile.model_fields:
+        holder = "of the matrix or of a cell" if key in CELL_KEYS else "of the matrix"
+        raise ConfigError(f"{where}: {key}={shown(value)}: this is no setting of a run but a key {holder}")
     if not sections:
         raise ConfigError(f"{where}: {key}={shown(value)}: section.key is needed, for example train.learning_rate")
     target = values
@@ -271,7 +274,7 @@ def _put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
-    if not equals:
+    if not equals or "." not in key:
         raise ConfigError(f"override {text!r}: section.key=value is needed, for example data.max_length=1024")
     return key, parse_yaml(value, f"override {text!r}")
 

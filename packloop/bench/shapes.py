@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from packloop.errors import InputError
@@ -53,8 +54,18 @@ SHAPES = {
 
 
 def check_shape(shape: str) -> None:
-    """InputError unless `shape` is named here or is a directory with a model's config.json."""
-    if shape not in SHAPES and not (Path(shape) / "config.json").is_file():
+    """InputError unless `shape` is named here or is a directory with a Llama's config.json."""
+    if shape in SHAPES:
+        return
+    path = Path(shape) / "config.json"
+    if not path.is_file():
         raise InputError(
             f"model shape {shape!r} is neither {', '.join(SHAPES)} nor a directory with a model's config.json"
         )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"model shape {shape!r}: its config.json cannot be read: {error}") from None
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != "llama":
+        raise InputError(f"model shape {shape!r} is of model_type {kind!r}; 'llama' is needed")

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from packloop.bench.shapes import SHAPES, check_shape
-from packloop.errors import InputError
 
 WEIGHT_STD = 0.02
 
@@ -27,9 +26,7 @@ def shape_config(shape: str, vocab_size: int | None = None) -> LlamaConfig:
             **SHAPES[shape], tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, use_cache=False
         )
     else:
-        config = AutoConfig.from_pretrained(shape)
-        if not isinstance(config, LlamaConfig):
-            raise InputError(f"model shape {shape!r} is a {config.model_type}; a llama is needed")
+        config = LlamaConfig.from_pretrained(shape)
     if vocab_size is not None:
         config.vocab_size = vocab_size
     return config
