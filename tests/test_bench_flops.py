@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from packloop.bench import ceilings as measured
 from packloop.bench import flops
 from packloop.bench.results import Ceilings
 from packloop.bench.shapes import SHAPES
@@ -143,3 +144,17 @@ def test_an_unknown_gpu_and_float32_are_held_to_the_measured_rate():
     assert "measured beside the steps, as NVIDIA H200 MIG 1g.18gb is not in the table" in unknown.peak_source
     assert "as products in float32" in figures("NVIDIA H200", "float32", ceilings).peak_source
     assert figures("an unknown GPU") is None
+
+
+@pytest.mark.parametrize("held_up", [0, 1, 3])
+def test_a_call_that_was_held_up_does_not_shorten_the_laps_of_a_ceiling(monkeypatch, held_up):
+    """Of calls that take 0.1 ms and 1 ms to start a lap; while the laps are sized one is held up for a second."""
+    laps = []
+
+    def lap_seconds(_run, repeats):
+        laps.append(repeats)
+        return 1.0 if len(laps) - 1 == held_up else 1e-3 + repeats * 1e-4
+
+    monkeypatch.setattr(measured, "_lap_seconds", lap_seconds)
+    assert measured._seconds(lambda: None) == pytest.approx(1.1e-4, rel=0.02)
+    assert laps[-1] == 91, "0.1 s in calls of 1.1 ms"

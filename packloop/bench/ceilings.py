@@ -55,7 +55,8 @@ def _copy_tb_per_s(device: torch.device) -> float:
 def _seconds(run: Callable[[], object]) -> float:
     """Of one call: the median of some laps, each of as many calls as fill its time, after one to warm up."""
     run()
-    once = max(_lap_seconds(run, 1), 1e-6)
+    # The shortest: one that was held up would make the laps of so few calls that each is mostly its start.
+    once = max(min(_lap_seconds(run, 1) for _ in range(_LAPS)), 1e-6)
     repeats = max(1, round(_LAP_SECONDS / once))
     return statistics.median(_lap_seconds(run, repeats) / repeats for _ in range(_LAPS))
 
