@@ -13,6 +13,7 @@ from small_job import small_config, write_rows
 from torch.nn.modules import module as torch_module
 from typer.testing import CliRunner
 
+from packloop.bench import profile_run
 from packloop.bench.breakdown import StepBreakdown, unknown_kernels
 from packloop.bench.kernel_classes import CLASSES
 from packloop.bench.profile import profile_step, profile_steps, trace_step
@@ -206,6 +207,25 @@ def test_the_command_writes_table_plot_and_trace(config_file, tmp_path):
     assert isinstance(again.exception, InputError)
     assert "is not empty" in str(again.exception)
     assert json.loads((output / "profile.json").read_text(encoding="utf-8")) == result
+
+
+def test_a_place_for_the_report_is_looked_for_before_steps_are_taken(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_run, "_profile", lambda *_, **__: pytest.fail("steps were taken"))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    monkeypatch.setattr(profile_run.os, "access", lambda path, mode: path != closed)
+    for output, expected in {
+        file: "is a file; give a new directory",
+        file / "below" / "it": f"'{file}' is a file",
+        closed / "new": f"'{closed}' cannot be written to",
+    }.items():
+        done = CliRunner().invoke(app, ["profile", str(config_file), "--synthetic", "tiny", "--output", str(output)])
+        assert isinstance(done.exception, InputError)
+        assert expected in str(done.exception)
+        assert "\n" not in str(done.exception)
+    assert file.read_text() == "mine"
 
 
 def test_bad_input_is_refused_in_one_line(config_file, tmp_path):

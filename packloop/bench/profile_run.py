@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import tempfile
 from collections.abc import Iterable
@@ -48,8 +49,7 @@ def profile_command(
     require_matplotlib()
     if synthetic is not None:
         check_shape(synthetic)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output {str(output)!r} is not empty; give a new directory, for example {output}-2")
+    _check_output(output)
     if not config.lora.enabled:
         raise InputError("lora.enabled=false: profile takes steps on a frozen base; use lora.enabled=true")
     with tempfile.TemporaryDirectory() as directory:
@@ -67,6 +67,19 @@ def profile_command(
             return
         write_profile(result, trace, output)
     _print(result, output)
+
+
+def _check_output(output: Path) -> None:
+    """InputError for what could not be filled once the steps have been taken."""
+    if output.exists():
+        if not output.is_dir():
+            raise InputError(f"--output {str(output)!r} is a file; give a new directory")
+        if any(output.iterdir()):
+            raise InputError(f"--output {str(output)!r} is not empty; give a new directory, for example {output}-2")
+    above = next(one for one in (output, *output.absolute().parents) if one.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        reason = "cannot be written to" if above.is_dir() else "is a file"
+        raise InputError(f"--output {str(output)!r}: {str(above)!r} {reason}; give a directory elsewhere")
 
 
 def _profile(
