@@ -37,6 +37,7 @@ from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import ModelConfig, RunConfig, parse_config
 from packloop.data.loader import TrainingData, build_data
 from packloop.engine.batch import to_device
+from packloop.engine.budget import check_budget
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_base, load_tokenizer
 from packloop.errors import InputError, OutOfMemoryError
@@ -65,8 +66,12 @@ Made = TypeVar("Made")
 
 
 def load_subject(config: RunConfig, synthetic: str | None, tokenizer: str | None) -> Subject:
-    """The base as `train` loads it, or a shape's with random weights. InputError where the tokens do not fit it."""
+    """The base as `train` loads it, or a shape's with random weights.
+
+    InputError where the tokens do not fit it, ConfigError, before it is loaded, for a budget that the GPU cannot give.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_budget(config.train.memory_budget_gib, device)
     source = tokenizer or (None if synthetic is None else "bundled")
     if source is None:
         made = load_tokenizer(config.model)
