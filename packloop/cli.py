@@ -195,10 +195,16 @@ def profile(
     config: ConfigFile,
     overrides: Overrides = None,
     synthetic: Annotated[
-        str | None, typer.Option(metavar="SHAPE|PATH", help="Random weights of this shape instead of the model.")
+        str | None,
+        typer.Option(
+            metavar="SHAPE|DIR",
+            help="Random weights: llama2-7b, llama3-8b, tinyllama-1.1b, tiny, a model. Rows stay CONFIG's: "
+            "data.source=bundled needs no download.",
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Instead of the model's; with --synthetic the default is `bundled`.")
+        str | None,
+        typer.Option(metavar="DIR|NAME|bundled", help="Instead of the model's; the default with --synthetic: bundled."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps timed, and then profiled.")] = 3,
     warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 3,
@@ -258,10 +264,23 @@ def run(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    budget: Annotated[str | None, typer.Option(help="GPU memory allowed, for example 22, 22GiB or 24GB.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="A GPU's name, for example a10g; default: the one at hand.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MEMORY",
+            help="GPU memory allowed: 20, 20GiB or 24GB; default: train.memory_budget_gib, else all but 2 GiB.",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A GPU, for example a10g or a100-80gb; default: the one at hand.")
+    ] = None,
     synthetic: Annotated[
-        str | None, typer.Option(metavar="SHAPE|DIR", help="A model's shape in place of CONFIG's; no download.")
+        str | None,
+        typer.Option(
+            metavar="SHAPE|DIR",
+            help="llama2-7b, llama3-8b, tinyllama-1.1b, tiny or a model's directory in place of CONFIG's, with "
+            "the bundled tokenizer and rows: no download.",
+        ),
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Check with two real steps on the GPU at hand.")] = False,
 ) -> None:

@@ -6,6 +6,7 @@ that is not listed is None; what needs its rate then measures one.
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 
@@ -80,5 +81,8 @@ def require_gpu(name: str) -> Gpu:
     """The same for a name that a user gave. InputError where it is not listed."""
     gpu = find_gpu(name)
     if gpu is None:
-        raise InputError(f"GPU {name!r} is not known; known: {', '.join(gpu.key for gpu in GPUS)}")
+        keys = [gpu.key for gpu in GPUS]
+        nearest = difflib.get_close_matches(name.strip().lower(), keys, n=1, cutoff=0.75)
+        hint = f"; the nearest is {nearest[0]}" if nearest else ""
+        raise InputError(f"GPU {name!r} is not known; known: {', '.join(keys)}{hint}")
     return gpu

@@ -68,3 +68,10 @@ def test_every_key_finds_its_own_row_and_memory_is_in_gib():
 def test_a_user_s_unknown_gpu_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match=r"GPU 'b1000' is not known; known: a10g, .*h200"):
         require_gpu("b1000")
+
+
+def test_the_nearest_name_is_told_where_there_is_one():
+    with pytest.raises(InputError, match=r"; the nearest is a100-80gb$"):
+        require_gpu("a100-80g")
+    with pytest.raises(InputError, match=r"v100$"):
+        require_gpu("cpu")

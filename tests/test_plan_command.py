@@ -44,6 +44,33 @@ def test_a_budget_that_leaves_cuda_nothing_is_made_smaller_and_said(monkeypatch,
     assert "of the 22.0 GiB of the a10g CUDA's own context takes about 0.5, so 21.5 GiB are the budget" in words
 
 
+def cells(out: str, row: str) -> list[str]:
+    """Of the table's row of that name, the cells after it."""
+    (line,) = [line for line in out.splitlines() if line.startswith(f"│ {row} ")]
+    return [cell.strip() for cell in line.strip("│").split("│")[1:]]
+
+
+def test_what_is_small_is_no_nothing_and_kinds_of_work_keep_their_order(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, RECIPE, "--synthetic", "tiny", "--gpu", "a10g")
+    assert cells(out, "base weights") == ["< 0.01", "< 0.01"]
+    order = ["base GEMM", "attention", "NF4 dequantisation", "LoRA", "norms", "head + loss", "copies", "idle"]
+    table = out.partition("one step, ms")[2].partition("├")[0]
+    found = [line.split("│")[1].strip() for line in table.splitlines() if "│" in line]
+    assert [name for name in found if name in order] == [name for name in order if name in found]
+    assert {"base GEMM", "LoRA", "idle"} <= set(found)
+
+
+def test_a_configuration_that_cannot_fit_is_named_where_others_do(monkeypatch, capsys):
+    code, out, _ = run(
+        monkeypatch, capsys, RECIPE, "--synthetic", "llama2-7b", "--gpu", "a10g", "--budget", "6"
+    )  # 6 packs a micro-batch need more than that, one does not
+    assert code == 0
+    assert "as configured: 6 packs a micro-batch do not fit the budget, whatever its auto settings become" in " ".join(
+        out.split()
+    )
+    assert len(cells(out, "in all")) == 1
+
+
 def test_auto_is_settled_within_the_budget(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "recipes/demo.yaml", "train.gradient_checkpointing=auto", "--gpu", "h200")
     assert code == 0
@@ -64,7 +91,8 @@ def test_auto_is_settled_within_the_budget(monkeypatch, capsys):
             2,
             "memory_budget_gib=24.0: the",
         ),
-        ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--budget", "much"], 1, "an amount of memory is needed"),
+        ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--budget", "much"], 1, "--budget 'much': an amount of"),
+        ([RECIPE, "--gpu", "a10g"], 1, "its configuration cannot be read ("),
         ([RECIPE, "--synthetic", "huge", "--gpu", "a10g"], 1, "model shape 'huge'"),
         ([RECIPE, "--synthetic", "llama2-7b", "--gpu", "a10g", "--budget", "3"], 3, "base weights"),
         ([RECIPE, "kernels.layer=stock", "--synthetic", "tiny", "--gpu", "a10g"], 1, "fused layers"),

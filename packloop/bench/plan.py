@@ -108,7 +108,7 @@ def parse_budget(text: str) -> float:
     """GiB of "22", "22GiB" or "24GB". InputError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise InputError(f"budget {text!r}: an amount of memory is needed, for example 22, 22GiB or 24GB")
+        raise InputError(f"--budget {text!r}: an amount of memory is needed, for example 22, 22GiB or 24GB")
     return float(match[1]) * _UNITS[match[2]] / _GIB
 
 
@@ -197,7 +197,7 @@ def _sources(config: RunConfig, synthetic: str | None) -> tuple[RunConfig, Llama
     try:
         architecture = AutoConfig.from_pretrained(name, revision=config.model.revision or "main")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = re.split(r"(?<=\.) ", " ".join(str(error).split()))[0].rstrip(".")[:200]
         raise InputError(
             f"model.name_or_path={config.model.name_or_path!r}: its configuration cannot be read ({reason}); "
             "give a local directory, a Hub name that this machine can reach, or a shape with --synthetic"

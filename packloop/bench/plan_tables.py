@@ -6,6 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from packloop.bench.kernel_classes import CLASSES
 from packloop.bench.plan import Forecast
 from packloop.bench.plan_check import Check
 from packloop.engine.planner.search import Candidate
@@ -18,19 +19,22 @@ def render(forecast: Forecast) -> Group:
     """Tables of memory and time, the settings to paste, and the runners-up."""
     best, configured = forecast.best[0], forecast.configured
     columns = [("best", best)] if configured is None else [("as configured", configured), ("best", best)]
+    notes = [*forecast.notes, _basis(forecast.gpu)]
+    if configured is None:
+        notes.insert(0, _without_room(forecast))
     return Group(
         Text(_head(forecast)),
         _table("memory at the peak, GiB", columns, forecast.budget_gib),
         _times(columns),
         Text(_advice(forecast), no_wrap=True, overflow="ignore"),  # settings to paste stay one line
         _runners_up(forecast),
-        Text("\n".join(f"- {note}" for note in [*forecast.notes, _basis(forecast.gpu)])),
+        Text("\n".join(f"- {note}" for note in notes)),
     )
 
 
 def render_check(check: Check) -> Table:
     """Predicted, measured and error of two real steps."""
-    table = Table("", "predicted", "measured", "error", title=check.name, title_justify="left")
+    table = _numbers(check.name, "", "predicted", "measured", "error")
     pairs = {
         "allocated GiB": check.allocated_gib,
         "reserved GiB": check.reserved_gib,
@@ -52,7 +56,7 @@ def _head(forecast: Forecast) -> str:
 
 
 def _table(title: str, columns: list[tuple[str, Candidate]], budget_gib: float) -> Table:
-    table = Table("part", *(name for name, _ in columns), title=title, title_justify="left")
+    table = _numbers(title, "part", *(name for name, _ in columns))
     names = dict.fromkeys(name for _, one in columns for name in one.memory.parts_gib)
     for name in names:
         table.add_row(name, *(_number(one.memory.parts_gib.get(name, 0.0)) for _, one in columns))
@@ -68,8 +72,9 @@ def _table(title: str, columns: list[tuple[str, Candidate]], budget_gib: float) 
 
 
 def _times(columns: list[tuple[str, Candidate]]) -> Table:
-    table = Table("kind of work", *(name for name, _ in columns), title="one step, ms", title_justify="left")
-    for name in dict.fromkeys(name for _, one in columns for name in one.time.parts_ms):
+    table = _numbers("one step, ms", "kind of work", *(name for name, _ in columns))
+    kinds = dict.fromkeys(name for _, one in columns for name in one.time.parts_ms)
+    for name in sorted(kinds, key=lambda kind: CLASSES.index(kind) if kind in CLASSES else len(CLASSES)):
         table.add_row(name, *(f"{one.time.parts_ms.get(name, 0.0):,.1f}" for _, one in columns))
     table.add_section()
     table.add_row("step", *(f"{one.time.step_ms:,.0f}" for _, one in columns))
@@ -95,9 +100,9 @@ def _advice(forecast: Forecast) -> str:
 
 
 def _runners_up(forecast: Forecast) -> Table:
-    table = Table(
+    table = _numbers(
+        "best of each micro-batch",
         "packs x accumulation", "packs a step", "recomputed, cached, inputs", "GiB in all", "step ms", "real tokens/s",
-        title="best of each micro-batch", title_justify="left",
     )  # fmt: skip
     for one in forecast.best[: _RUNNERS_UP + 1]:
         memory, time = one.memory, one.time
@@ -108,15 +113,36 @@ def _runners_up(forecast: Forecast) -> Table:
     return table
 
 
+def _numbers(title: str, first: str, *others: str) -> Table:
+    """A table of a column of names and columns of numbers."""
+    table = Table(first, title=title, title_justify="left")
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
 def _counts(one: Candidate) -> str:
     return f"{one.plan.recompute_layers}, {one.plan.cached_layers}, {one.plan.keep_inputs_layers}"
 
 
 def _number(gib: float) -> str:
-    return f"{gib:.2f}" if gib >= 0.005 else "-"
+    if gib >= 0.005:
+        return f"{gib:.2f}"
+    return "< 0.01" if gib > 0 else "-"
+
+
+def _without_room(forecast: Forecast) -> str:
+    train = forecast.config.train
+    return (
+        f"as configured: {train.per_device_train_batch_size} packs a micro-batch do not fit the budget, whatever its "
+        "auto settings become"
+    )
 
 
 def _basis(gpu: Gpu) -> str:
     if gpu.key == "h200":
         return "time: from shares of this GPU's ceilings measured on it in other configurations"
-    return f"time: projected to the {gpu.key} from shares of its ceilings that were measured on an H200; --probe checks"
+    return (
+        f"time: projected to the {gpu.key} from shares of its ceilings that were measured on an H200; on such a GPU "
+        "--probe checks it"
+    )
