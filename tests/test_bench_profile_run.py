@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -215,9 +216,9 @@ def test_a_place_for_the_report_is_looked_for_before_steps_are_taken(config_file
     file.write_text("mine")
     closed = tmp_path / "closed"
     closed.mkdir()
-    monkeypatch.setattr(profile_run.os, "access", lambda path, mode: path != closed)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed)
     for output, expected in {
-        file: "is a file; give a new directory",
+        file: "is a file; give a directory",
         file / "below" / "it": f"'{file}' is a file",
         closed / "new": f"'{closed}' cannot be written to",
     }.items():

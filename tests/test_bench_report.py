@@ -267,6 +267,8 @@ def test_an_output_that_is_a_file_is_refused(results, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(InputError, match="is a file"):
         write_report([results], tmp_path / "out")
+    with pytest.raises(InputError, match="is a file; give a directory elsewhere"):
+        write_report([results], tmp_path / "out" / "below")
     assert (tmp_path / "out").read_text() == "mine"
 
 

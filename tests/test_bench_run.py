@@ -304,6 +304,8 @@ def test_a_file_as_output_is_refused(tmp_path):
     file = write(tmp_path, cells={"a": {}})
     with pytest.raises(InputError, match="is a file; give a directory"):
         run_matrix(file, file)
+    with pytest.raises(InputError, match="is a file; give a directory elsewhere"):
+        run_matrix(file, file / "below")
 
 
 def test_a_refused_matrix_is_one_line_on_the_command_line(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 import tempfile
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from packloop.bench.breakdown import BACKWARD, FORWARD, RECOMPUTATION, average_p
 from packloop.bench.ceilings import measure_ceilings
 from packloop.bench.cell import load_subject
 from packloop.bench.conditions import describe_conditions, gpu_state
+from packloop.bench.output import require_writable
 from packloop.bench.profile import ProfiledSteps, Room, measure_room, profile_steps
 from packloop.bench.profile_advice import Situation, advise
 from packloop.bench.profile_floor import AttentionTimes, measure_attention
@@ -49,7 +49,9 @@ def profile_command(
     require_matplotlib()
     if synthetic is not None:
         check_shape(synthetic)
-    _check_output(output)
+    require_writable(output)
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"--output {str(output)!r} is not empty; give a new directory, for example {output}-2")
     if not config.lora.enabled:
         raise InputError("lora.enabled=false: profile takes steps on a frozen base; use lora.enabled=true")
     with tempfile.TemporaryDirectory() as directory:
@@ -67,19 +69,6 @@ def profile_command(
             return
         write_profile(result, trace, output)
     _print(result, output)
-
-
-def _check_output(output: Path) -> None:
-    """InputError for what could not be filled once the steps have been taken."""
-    if output.exists():
-        if not output.is_dir():
-            raise InputError(f"--output {str(output)!r} is a file; give a new directory")
-        if any(output.iterdir()):
-            raise InputError(f"--output {str(output)!r} is not empty; give a new directory, for example {output}-2")
-    above = next(one for one in (output, *output.absolute().parents) if one.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        reason = "cannot be written to" if above.is_dir() else "is a file"
-        raise InputError(f"--output {str(output)!r}: {str(above)!r} {reason}; give a directory elsewhere")
 
 
 def _profile(

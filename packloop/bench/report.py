@@ -32,6 +32,7 @@ from packloop.bench.document import (
     write_document,
 )
 from packloop.bench.groups import Group, chosen_by_auto, groups_of, reference_of
+from packloop.bench.output import require_writable
 from packloop.bench.plots import memory_plot, rate_of, rates_plot, time_plot
 from packloop.bench.prices import Instance, load_prices
 from packloop.bench.results import Cell, Conditions, load_cells
@@ -61,8 +62,7 @@ def write_report(
 
     data: what costs are for. prices: a file of one's own; instances: those of it to show, all without names.
     """
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {str(output)!r} is a file; give a directory")
+    require_writable(output)
     priced = load_prices(prices, instances)
     document = build_report(gather_cells(directories), priced, data)
     output.mkdir(parents=True, exist_ok=True)
