@@ -183,6 +183,17 @@ def test_different_conditions_are_refused_until_allowed(tmp_path, changes, key):
         judged(tmp_path, before, after, allow_different=["python"])
 
 
+def test_a_mistyped_key_is_not_taken_for_one_that_allows(tmp_path):
+    before, after = cell("a"), cell("a", conditions=conditions(driver="590.2"))
+    with pytest.raises(ConfigError, match=r"--allow-different drivr: .*did you mean driver\?") as caught:
+        judged(tmp_path, before, after, allow_different=["drivr"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"did you mean train\.per_device_train_batch_size"):
+        judged(tmp_path, before, after, allow_different=["driver", "train.per_device_batch_size"])
+    for key in ("versions", "versions.absent", "config", "train", "timed_steps", "all"):
+        assert judged(tmp_path, before, after, allow_different=["driver", key]).words
+
+
 def test_commit_date_clocks_and_packloop_s_version_may_differ(tmp_path):
     after = conditions(
         commit="fff",

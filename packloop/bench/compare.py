@@ -13,6 +13,7 @@ Where noise carries over from one step to the next (correlation 0.5) it is 80 % 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,11 +85,13 @@ def compare_directories(
 ) -> Comparison:
     """B (`after`) against A (`before`), paired by the cells' names.
 
-    allow_different: keys of conditions, each with all below it, or `all`. ConfigError where others differ.
+    allow_different: keys of conditions, each with all below it, or `all`. ConfigError where others differ, and for a
+    key that no cell has.
     """
     if not 0 < fail_below <= 1:
         raise ConfigError(f"--fail-below {fail_below} is no ratio above 0 and up to 1; 0.97 allows a loss of 3 %")
     sides = [_by_name(directory) for directory in (before, after)]
+    _check_allowed(allow_different, sides)
     differences = _differences(*sides)
     refused = {key: values for key, values in differences.items() if not _is_allowed(key, allow_different)}
     if refused:
@@ -167,6 +170,20 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
     bare = key.removeprefix("config.")
     return any(one == "all" or _is_under(key, one) or _is_under(bare, one) for one in allowed)
+
+
+def _check_allowed(allowed: Sequence[str], sides: list[dict[str, Cell]]) -> None:
+    """ConfigError for a key that allows nothing: it is mistyped. A package may be missing from all versions."""
+    known = {"versions", *_WORKLOAD}
+    for cell in (cell for side in sides for cell in side.values()):
+        known |= _conditions(cell, cell).keys()
+    for one in allowed:
+        if one.startswith("versions.") or any(_is_allowed(key, [one]) for key in known):
+            continue
+        bare = {key.removeprefix("config.") for key in known}
+        near = difflib.get_close_matches(one, sorted(known | bare), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ", for example device, versions.torch or kernels.attention"
+        raise ConfigError(f"--allow-different {one}: no condition of these results{hint}")
 
 
 def _refusal(refused: dict[str, list[str]]) -> str:
