@@ -63,6 +63,22 @@ def llama2_tokenizer(shared_data):
     return AutoTokenizer.from_pretrained(shared_data / "llama2-tokenizer")
 
 
+@pytest.fixture
+def poisoned_outputs():
+    """In Triton's interpreter new memory holds NaN, so an element that a kernel leaves out shows."""
+    from interpreter import INTERPRETING
+
+    if not INTERPRETING:
+        yield
+        return
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory) -> Path:
     """A random Llama of 2 layers and its tokenizer of 300 tokens."""

@@ -12,20 +12,19 @@ import torch
 from tiny_run import save_base, save_tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))  # benchmarks is not part of the installed package
+from benchmarks import against_peers
+from benchmarks.peers import live, measure, memory, ours, rows, settings
+from benchmarks.peers.cases import CASES, Case, Check
+from benchmarks.peers.cells import save_cells
+from benchmarks.peers.process import LiveProcess, environment
+from benchmarks.peers.shapes import shape_config
+from benchmarks.peers.summary import judge, table
+from benchmarks.peers.sweep import best_batches
+from packloop.bench.floor import Floor, groups_of
+from packloop.bench.results import load_cells
+from packloop.bench.steps import lap_figures
 
-from benchmarks import against_peers  # noqa: E402
-from benchmarks.peers import live, measure, memory, ours, rows, settings  # noqa: E402
-from benchmarks.peers.cases import CASES, Case, Check  # noqa: E402
-from benchmarks.peers.cells import save_cells  # noqa: E402
-from benchmarks.peers.process import LiveProcess, environment  # noqa: E402
-from benchmarks.peers.shapes import shape_config  # noqa: E402
-from benchmarks.peers.summary import judge, table  # noqa: E402
-from benchmarks.peers.sweep import best_batches  # noqa: E402
-from packloop.bench.floor import Floor, groups_of  # noqa: E402
-from packloop.bench.results import load_cells  # noqa: E402
-from packloop.bench.steps import lap_figures  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_run import save_tokenizer
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))  # benchmarks is not part of the installed package
+from benchmarks import against_peers
+from benchmarks.peers import ours, settings, work
+from benchmarks.peers.cells import make_cell, save_cells
+from benchmarks.peers.shapes import shape_config
+from packloop.bench.conditions import describe_conditions
+from packloop.bench.cost import splits_of
+from packloop.bench.flops import adapter_parameters, layer_parameters
+from packloop.bench.report import write_report
+from packloop.bench.results import Cell, load_cells
+from packloop.bench.tutorial import PUBLISHED, other_job, trains_like
 
-from benchmarks import against_peers  # noqa: E402
-from benchmarks.peers import ours, settings, work  # noqa: E402
-from benchmarks.peers.cells import make_cell, save_cells  # noqa: E402
-from benchmarks.peers.shapes import shape_config  # noqa: E402
-from packloop.bench.conditions import describe_conditions  # noqa: E402
-from packloop.bench.cost import splits_of  # noqa: E402
-from packloop.bench.flops import adapter_parameters, layer_parameters  # noqa: E402
-from packloop.bench.report import write_report  # noqa: E402
-from packloop.bench.results import Cell, load_cells  # noqa: E402
-from packloop.bench.tutorial import PUBLISHED, other_job, trains_like  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 
 # A trainer of Hugging Face's on the checkpoint, in the place of TRL's, which is not installed where these tests run.
 TRAINER_SIDE = """

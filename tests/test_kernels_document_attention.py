@@ -7,52 +7,25 @@ test_kernels_interpreted.py does. float32 only, for the same reasons; bf16 and l
 from __future__ import annotations
 
 import gc
-import importlib.util
-import os
-import subprocess
-import sys
 import weakref
 from typing import NamedTuple
 
 import pytest
 import torch
+from interpreter import interpreted, needs_triton, ordinary, run_in_interpreter
 
 from packloop.kernels import reference
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.document_attention import BackwardTiles, DocumentAttention, Rotation, Tiles, plan_documents
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 SCALE = 0.11
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_the_interpreter starts")
 
-
-@pytest.mark.skipif(INTERPRETING, reason="this is that process")
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install triton")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run here: make test-gpu")
+@ordinary
+@needs_triton
 def test_in_the_interpreter():
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-rs"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed" in result.stdout
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs():
-    """New memory holds NaN, so an element that a kernel leaves out shows."""
-    if not INTERPRETING:
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+    run_in_interpreter(__file__)
 
 
 LARGE = Tiles(owned=64, streamed=64, num_warps=4, num_stages=1)

@@ -6,16 +6,13 @@ Whose kernel runs is shown in Triton's interpreter, as test_kernels_interpreted.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 from typing import get_args
 
 import pytest
 import torch
 import yaml
+from interpreter import interpreted, needs_triton, ordinary, run_in_interpreter
 from small_job import read_metrics, small_config
 from test_fused_layer import make_model
 from test_kernels_patch import packed
@@ -32,25 +29,12 @@ from packloop.kernels.patch import packed_loss_sum, patched
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = [field.name for field in dataclasses.fields(Operations)]
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs in the process that test_in_the_interpreter starts")
-ordinary = pytest.mark.skipif(INTERPRETING, reason="of an ordinary process")
 
 
 @ordinary
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install triton")
+@needs_triton
 def test_in_the_interpreter():
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-rs"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed" in result.stdout
+    run_in_interpreter(__file__)
 
 
 def all_of(implementation: str, **others: str) -> Operations:

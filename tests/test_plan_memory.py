@@ -41,25 +41,21 @@ def test_a_freed_block_serves_the_next_of_its_size_and_its_rest_a_smaller_one():
     assert memory.reserved == 40 * MIB
 
 
-def test_neighbours_that_are_free_become_one_block():
+@pytest.mark.parametrize(
+    ("freed", "wanted", "reserved"),
+    [
+        pytest.param("acb", 15, 20, id="neighbours that are free become one block"),
+        pytest.param("ac", 8, 40, id="a hole too small is fragmentation"),
+    ],
+)
+def test_what_was_freed_serves_as_far_as_it_is_in_one_piece(freed: str, wanted: int, reserved: int):
     memory = ReservedMemory()
     for name in "abcd":
         memory.allocate(name, 5 * MIB)
-    memory.free("a")
-    memory.free("c")
-    memory.free("b")
-    memory.allocate("wide", 15 * MIB)
-    assert memory.reserved == 20 * MIB
-
-
-def test_a_hole_too_small_is_fragmentation():
-    memory = ReservedMemory()
-    for name in "abcd":
-        memory.allocate(name, 5 * MIB)
-    memory.free("a")
-    memory.free("c")
-    memory.allocate("wide", 8 * MIB)
-    assert memory.reserved == 40 * MIB
+    for name in freed:
+        memory.free(name)
+    memory.allocate("wide", wanted * MIB)
+    assert memory.reserved == reserved * MIB
 
 
 @pytest.mark.parametrize("plan", [MemoryPlan(32, 0, 0), MemoryPlan(0, 32, 32), MemoryPlan(7, 12, 9)], ids=str)

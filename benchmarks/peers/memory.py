@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
+from packloop.engine.budget import GIB
 from packloop.errors import OutOfMemoryError
-
-GIB = 2**30
 
 
 def or_out_of_memory(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

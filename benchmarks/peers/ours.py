@@ -20,7 +20,7 @@ from packloop.bench import steps
 from packloop.bench.floor import Floor, floor_figures
 from packloop.bench.flops import work_of
 from packloop.bench.synthetic import random_model
-from packloop.config import KernelsConfig, LoraConfig, RunConfig, TrainConfig
+from packloop.config import KernelsConfig, RunConfig, TrainConfig
 from packloop.data.loader import TrainingData, build_data
 from packloop.engine.budget import limit_memory
 
@@ -28,12 +28,7 @@ from packloop.engine.budget import limit_memory
 def run_config(arguments: argparse.Namespace) -> RunConfig:
     """The run that the options describe; what they leave out stays `auto`."""
     return RunConfig(
-        lora=LoraConfig(
-            r=settings.LORA_RANK,
-            alpha=settings.LORA_ALPHA,
-            dropout=arguments.dropout,
-            target_modules=settings.TARGETS[arguments.targets],
-        ),
+        lora=work.lora_config(arguments),
         data=rows.data_config(arguments.data, arguments.packing, arguments.length),
         train=TrainConfig(
             per_device_train_batch_size=arguments.batch,

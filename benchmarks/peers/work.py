@@ -15,6 +15,16 @@ from packloop.bench.flops import Work, count_parameters, executed_flops, needed_
 from packloop.config import KernelsConfig, LoraConfig, RunConfig, TrainConfig
 
 
+def lora_config(arguments: argparse.Namespace) -> LoraConfig:
+    """The adapters that both sides train."""
+    return LoraConfig(
+        r=settings.LORA_RANK,
+        alpha=settings.LORA_ALPHA,
+        dropout=arguments.dropout,
+        target_modules=settings.TARGETS[arguments.targets],
+    )
+
+
 def step_figures(config: Any, run: RunConfig, work: Work) -> dict[str, Any]:
     """For a row. config: the model's; work: of an average timed step; run: how it was done, every `auto` settled."""
     flops = {"needed": needed_flops(config, run.lora, work), "executed": executed_flops(config, run, work)}
@@ -25,12 +35,7 @@ def peers_run(arguments: argparse.Namespace) -> RunConfig:
     """A peer's options in packloop's terms, as far as they decide what is executed."""
     attention = getattr(arguments, "attention", None)
     return RunConfig(
-        lora=LoraConfig(
-            r=settings.LORA_RANK,
-            alpha=settings.LORA_ALPHA,
-            dropout=arguments.dropout,
-            target_modules=settings.TARGETS[arguments.targets],
-        ),
+        lora=lora_config(arguments),
         train=TrainConfig(gradient_checkpointing="all" if arguments.checkpointing else "none"),
         kernels=KernelsConfig(attention=attention if attention in ("eager", "sdpa") else "flash_attn", layer="stock"),
     )

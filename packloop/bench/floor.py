@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from packloop.bench.steps import Lap
+from packloop.bench.steps import Lap, synchronize
 from packloop.engine.batch import Micro
 from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend
 
@@ -94,10 +94,10 @@ class Floor:
         if self.attention is None:
             self.attention, self.why_attention = self._choose_attention(layouts)
             self._all_micro_batches(layouts)
-        _synchronize(self.device)
+        synchronize()
         start = time.perf_counter()
         self._all_micro_batches(layouts)
-        _synchronize(self.device)
+        synchronize()
         return (time.perf_counter() - start) * 1e3
 
     def _choose_attention(self, layouts: list[DocumentLayout]) -> tuple[str, str]:
@@ -215,17 +215,12 @@ def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 def _median_ms(run: Callable[[], None], device: torch.device) -> float:
     laps = []
     for _ in range(REPEATS + 2):
-        _synchronize(device)
+        synchronize()
         start = time.perf_counter()
         run()
-        _synchronize(device)
+        synchronize()
         laps.append((time.perf_counter() - start) * 1e3)
     return statistics.median(laps[2:])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def floor_figures(laps: list[Lap], floors_ms: list[float], floor: Floor, warmup: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import numpy as np
@@ -14,10 +14,11 @@ from transformers import AutoConfig, LlamaConfig
 from packloop.bench.synthetic import shape_config
 from packloop.config import ModelConfig, RunConfig
 from packloop.data.loader import Batch, PackLoader, TrainingData, build_data
-from packloop.engine.budget import settle_budget
+from packloop.engine.budget import GIB, settle_budget
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer, resolve_name
 from packloop.engine.plan import count_layers
+from packloop.engine.planner.policy import MemoryPlan
 from packloop.engine.planner.rates import ATTENTION_RATES
 from packloop.engine.planner.search import Candidate, Search
 from packloop.engine.planner.shape import ModelShape
@@ -25,12 +26,11 @@ from packloop.engine.planner.time import Load
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
 from packloop.kernels.flash_attention import NEEDED_CAPABILITY
+from packloop.kernels.operations import Operations
 
-_GIB = 2**30
-_UNITS = {"": _GIB, "gib": _GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+_UNITS = {"": GIB, "gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 # Packs that averages are taken over.
 _MAX_PACKS = 512
-_SWITCHES = ("rms_norm", "rope", "swiglu", "nf4", "cross_entropy")
 _SETTINGS = ("recompute_layers", "cached_layers", "keep_inputs_layers")
 
 
@@ -74,7 +74,7 @@ def plan(
         raise InputError("kernels.layer=stock: predictions are for the fused layers; use kernels.layer=auto or fused")
     config, architecture, notes = _sources(config, synthetic)
     notes += [warning] if warning else []
-    if switched := [name for name in _SWITCHES if getattr(config.kernels, name) == "torch"]:
+    if switched := [one.name for one in fields(Operations) if getattr(config.kernels, one.name) == "torch"]:
         notes.append(f"kernels.{', '.join(switched)}=torch: predicted as if triton, which is faster and takes less")
     shape = ModelShape.of_run(architecture, config)
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
@@ -109,7 +109,7 @@ def parse_budget(text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:
         raise InputError(f"--budget {text!r}: an amount of memory is needed, for example 22, 22GiB or 24GB")
-    return float(match[1]) * _UNITS[match[2]] / _GIB
+    return float(match[1]) * _UNITS[match[2]] / GIB
 
 
 def attentions(config: RunConfig, gpu: Gpu) -> list[str]:
@@ -219,8 +219,6 @@ def _as_configured(config: RunConfig, search: Search, budget_gib: float) -> Cand
     batch, accumulation = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
     if len(fixed) < len(_SETTINGS):
         return search.within(budget_gib, batch, accumulation, fixed)
-    from packloop.engine.planner.policy import MemoryPlan
-
     return search.predict(batch, accumulation, MemoryPlan(**fixed))
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from packloop.bench.steps import GIB, Job, Lap, lap_figures, memory_figures, reset_peak, synchronize
+from packloop.bench.steps import Job, Lap, lap_figures, memory_figures, reset_peak, synchronize
 from packloop.config import RunConfig
 from packloop.data.loader import Batch, TrainingData
 from packloop.engine.batch import Micro
-from packloop.engine.budget import lift_limit, limit_memory
+from packloop.engine.budget import GIB, lift_limit, limit_memory
 
 
 @dataclass(frozen=True)

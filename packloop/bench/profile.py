@@ -16,10 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from packloop.bench.breakdown import StepBreakdown
 from packloop.bench.labels import labelled
 from packloop.bench.results import Profile
-from packloop.bench.steps import GIB, Job, Lap, reset_peak, synchronize
+from packloop.bench.steps import Job, Lap, reset_peak, synchronize
 from packloop.bench.trace import read_trace
 from packloop.engine.batch import Micro
-from packloop.engine.budget import settle_on_gpu
+from packloop.engine.budget import GIB, settle_on_gpu
 from packloop.errors import InputError
 from packloop.kernels.attention import DocumentLayout, load_backend
 from packloop.kernels.decoder_layer import activation_bytes

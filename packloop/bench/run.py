@@ -12,6 +12,7 @@ from pathlib import Path
 
 import packloop.bench.session as sessions
 from packloop.bench.matrix import MatrixCell, read_matrix, select_cells
+from packloop.bench.output import require_writable
 from packloop.bench.results import Cell, load_cell, save_cell
 from packloop.errors import InputError
 
@@ -42,8 +43,7 @@ def run_matrix(
     command: what starts a cell's process. InputError and ConfigError, before anything runs, for a matrix that cannot
     be; KeyboardInterrupt, with the cells so far written, when it is stopped.
     """
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {str(output)!r} is a file; give a directory")
+    require_writable(output)
     matrix = read_matrix(path, overrides, synthetic=synthetic, tokenizer=tokenizer, steps=steps, warmup=warmup)
     cells = select_cells(matrix, only)
     plan = sessions.make_plan(matrix, commit=commit)

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import packloop.bench.gate as gates
 from packloop.bench.matrix import Matrix
-from packloop.bench.output import require_writable
 from packloop.bench.results import SCHEMA, Conditions, Record
 from packloop.config import parse_config
 from packloop.errors import ConfigError, InputError
@@ -107,9 +106,8 @@ def make_plan(matrix: Matrix, *, commit: str | None = None) -> Plan:
 def opened(directory: Path, plan: Plan) -> Iterator[None]:
     """Begins a session in `directory` or continues the one that is there; nobody else may write to it meanwhile.
 
-    InputError where the directory cannot be written to, holds something else or another plan, or is in use.
+    InputError where the directory holds something else, another plan, or is in use.
     """
-    require_writable(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "matrix.json"
     if not path.exists() and any(entry.name != ".lock" for entry in directory.iterdir()):

@@ -17,14 +17,13 @@ from transformers import LlamaForCausalLM
 from packloop.config import RunConfig
 from packloop.data.loader import Batch, PackLoader, TrainingData
 from packloop.engine.batch import Micro, Windows
+from packloop.engine.budget import GIB
 from packloop.engine.loop import make_loader, make_optimizer, set_numerics, train_step
 from packloop.engine.model import attach_adapter
 from packloop.engine.optim import FlatParameters
 from packloop.engine.plan import layout_preparation, patch_options, resolve_auto
 from packloop.errors import InputError
 from packloop.kernels.patch import patched
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

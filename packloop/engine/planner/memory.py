@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from packloop.engine.budget import GIB
 from packloop.engine.planner.allocations import MicroBatch, Step
 from packloop.engine.planner.allocator import ReservedMemory
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.engine.planner.shape import ModelShape
 
-GIB = 2**30
 # Workspaces of cuBLAS and of cuBLASLt, as PyTorch asks for them: on Hopper and newer GPUs, and on the others.
 _WORKSPACE_HOPPER, _WORKSPACE = 2 * 32 * 2**20, 8 * 2**20 + 2**17 + 2**20
 _MOMENTS = 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from packloop.engine.budget import GIB
 from packloop.engine.planner.allocations import MicroBatch
-from packloop.engine.planner.memory import GIB, MemoryForecast, MemoryModel
+from packloop.engine.planner.memory import MemoryForecast, MemoryModel
 from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price, choose_plan, smallest_plan
 from packloop.engine.planner.rates import Rates, rates_of
 from packloop.engine.planner.shape import ModelShape
