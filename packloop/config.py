@@ -142,6 +142,7 @@ class TrainConfig(Section):
 
 
 Implementation = Literal["auto", "triton", "torch"]
+ProductLibrary = Literal["auto", "cublaslt", "torch"]
 
 
 class KernelsConfig(Section):
@@ -176,6 +177,11 @@ class KernelsConfig(Section):
     swiglu: Implementation = Field("auto", description="silu(gate) * up (fused layers only).")
     nf4: Implementation = Field(
         "auto", description="Dequantisation of NF4 weights (fused layers only); torch: bitsandbytes' own kernel."
+    )
+    matmul: ProductLibrary = Field(
+        "auto",
+        description="Products with the base's weights (fused layers only). cublaslt: by the fastest of its algorithms "
+        "that gives torch's bits, timed when a shape is first met; auto: that on a GPU.",
     )
     cross_entropy: Implementation = Field(
         "auto", description="Loss and gradient of a chunk of logits; the chunks, of either kind of layer, stay."

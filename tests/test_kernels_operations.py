@@ -22,13 +22,16 @@ from packloop.config import KernelsConfig, load_config
 from packloop.engine import checkpoint
 from packloop.engine.loop import train
 from packloop.errors import ConfigError
-from packloop.kernels import document_kernels, linear_cross_entropy, nf4, reference, rms_norm, rope, swiglu
+from packloop.kernels import cublaslt, document_kernels, linear_cross_entropy, nf4, reference, rms_norm, rope, swiglu
 from packloop.kernels.attention import load_backend
+from packloop.kernels.matmul import ProductLibrary, matmul
 from packloop.kernels.operations import AUTO, Operations, choose_operations
 from packloop.kernels.patch import packed_loss_sum, patched
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = [field.name for field in dataclasses.fields(Operations)]
+TRITONS = [name for name in NAMES if name != "matmul"]
+FASTEST = {**dict.fromkeys(TRITONS, "triton"), "matmul": "cublaslt"}
 
 
 @ordinary
@@ -38,24 +41,45 @@ def test_in_the_interpreter():
 
 
 def all_of(implementation: str, **others: str) -> Operations:
-    return Operations(**{**dict.fromkeys(NAMES, implementation), **others})
+    """Of each operation `torch`, or on `fastest` what `auto` is on a GPU."""
+    values = FASTEST if implementation == "fastest" else dict.fromkeys(NAMES, implementation)
+    return Operations(**{**values, **others})
 
 
 @ordinary
-def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(monkeypatch):
+def test_auto_is_the_fastest_on_a_gpu_and_torch_elsewhere(monkeypatch):
     monkeypatch.setattr(reference, "_HAS_TRITON", True)
+    monkeypatch.setattr(cublaslt, "why_not", lambda: None)
     assert choose_operations(AUTO, CPU, fused=True) == all_of("torch")
-    assert choose_operations(AUTO, CUDA, fused=True) == all_of("triton")
+    assert choose_operations(AUTO, CUDA, fused=True) == all_of("fastest")
     assert choose_operations(AUTO, CUDA, fused=False) == all_of("torch", cross_entropy="triton")
     for name in NAMES:
         single = choose_operations(Operations(**{name: "torch"}), CUDA, fused=True)
-        assert single == all_of("triton", **{name: "torch"})
+        assert single == all_of("fastest", **{name: "torch"})
     monkeypatch.setattr(reference, "_HAS_TRITON", False)
+    assert choose_operations(AUTO, CUDA, fused=True) == all_of("torch", matmul="cublaslt")
+    monkeypatch.setattr(cublaslt, "why_not", lambda: "needs a torch built for CUDA")
     assert choose_operations(AUTO, CUDA, fused=True) == all_of("torch")
 
 
 @ordinary
-@pytest.mark.parametrize("name", NAMES)
+def test_a_cublaslt_that_cannot_run_is_refused(monkeypatch):
+    asked = Operations(matmul="cublaslt")
+    with pytest.raises(ValueError, match=r"kernels\.matmul=cublaslt: needs a CUDA GPU, the device is cpu; use"):
+        choose_operations(asked, CPU, fused=True)
+    monkeypatch.setattr(cublaslt, "why_not", lambda: "needs a torch built for CUDA")
+    with pytest.raises(ValueError, match=r"kernels\.matmul=cublaslt: needs a torch built for CUDA; use"):
+        choose_operations(asked, CUDA, fused=True)
+    monkeypatch.setattr(cublaslt, "why_not", lambda: None)
+    assert choose_operations(asked, CUDA, fused=True).matmul == "cublaslt"
+    with pytest.raises(ValueError, match=r"kernels\.layer=stock runs Hugging Face's own code"):
+        choose_operations(asked, CUDA, fused=False)
+    with pytest.raises(ValueError, match="cublaslt needs a CUDA GPU"):
+        matmul(torch.ones(2, 8), torch.ones(8, 2), by="cublaslt")
+
+
+@ordinary
+@pytest.mark.parametrize("name", TRITONS)
 def test_a_triton_that_cannot_run_is_refused(name: str, monkeypatch):
     asked = Operations(**{name: "triton"})
     with pytest.raises(
@@ -81,7 +105,8 @@ def test_a_function_that_is_asked_for_triton_never_takes_torch_instead():
 def test_every_operation_is_a_setting_of_the_same_name_and_values():
     for name in NAMES:
         field = KernelsConfig.model_fields[name]
-        assert get_args(field.annotation) == get_args(reference.Implementation)
+        expected = ProductLibrary if name == "matmul" else reference.Implementation
+        assert get_args(field.annotation) == get_args(expected)
         assert field.default == getattr(AUTO, name) == "auto"
 
 
@@ -146,11 +171,11 @@ def with_kernels(tmp_path_factory):
     # bitsandbytes' CPU code dequantises rows that end within a block of 64 to other values than its GPU code.
     base = save_base(tmp_path_factory.mktemp("base"), num_hidden_layers=1, intermediate_size=128)
     model, flat = make_model(base, quantization="nf4", targets="all-linear")
-    return model, flat, *loss_and_gradient(model, flat, operations=all_of("triton"))
+    return model, flat, *loss_and_gradient(model, flat, operations=all_of("triton", matmul="torch"))
 
 
 @interpreted
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRITONS)
 def test_torch_keeps_one_kernel_from_running_and_gives_its_results(name: str, with_kernels, monkeypatch):
     model, flat, expected_loss, expected = with_kernels
     module, kernels = KERNELS[name]
@@ -158,7 +183,7 @@ def test_torch_keeps_one_kernel_from_running_and_gives_its_results(name: str, wi
         monkeypatch.setattr(module, kernel, Forbidden())
     with pytest.raises(AssertionError, match="launched"):
         loss_and_gradient(model, flat)
-    operations = all_of("triton", **{name: "torch"})
+    operations = all_of("triton", **{name: "torch", "matmul": "torch"})
     loss, gradient = loss_and_gradient(model, flat, operations=operations)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert (gradient - expected).norm() <= 2e-6 * expected.norm()
@@ -173,7 +198,7 @@ def test_attention_that_rotates_does_not_where_rope_is_torchs(implementation: st
     monkeypatch.setattr(rope, "_rope_kernel", Forbidden())
     if implementation == "torch":
         monkeypatch.setattr(document_kernels, "document_attention_turn_kernel", Forbidden())
-    operations = all_of("triton", rope=implementation)
+    operations = all_of("triton", rope=implementation, matmul="torch")
     loss, gradient = loss_and_gradient(model, flat, attention="document", operations=operations)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()

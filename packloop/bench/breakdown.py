@@ -27,6 +27,7 @@ PHASES = (FORWARD, RECOMPUTATION, BACKWARD, UPDATE)
 # Operators that are one matrix product -> which of their operands it multiplies.
 _PRODUCTS = {
     "aten::mm": (0, 1),
+    "packloop::mm": (0, 1),
     "aten::addmm": (1, 2),
     "aten::addmm_": (1, 2),
     "aten::bmm": (0, 1),
@@ -212,7 +213,7 @@ class StepBreakdown:
             return classes.likely_class(name)
         is_adapters = label.what == GROUP_PRODUCTS and product.name == "aten::addmm_"
         if label.what == INPUT_GRADIENT and label.ranks:
-            is_adapters = product.name == "aten::mm" or _inner_dimension(product) == label.ranks
+            is_adapters = _inner_dimension(product) == label.ranks
         return classes.LORA if is_adapters else classes.BASE_GEMM
 
     def _label(self, by: Range | None) -> Label | None:

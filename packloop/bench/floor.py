@@ -1,11 +1,12 @@
 """The floor of a training step: its matrix products without recomputation and its attention, each as fast as it goes.
 
 In it, for every micro-batch: forward and input gradient of the seven linear layers of each decoder layer and of the
-head, in the fastest of the layouts tried, on random-normal inputs of the base's compute dtype; and the fastest
-attention, forward and backward, on the micro-batch's own `cu_seqlens`. The head takes the rows that have a label. The
-first layer's q, k and v need no input gradient, as the embedding is frozen, and have none here. Not in it: weight
-gradients (the base is frozen), dequantisation, adapters, norms, activations, loss and optimizer. Products in float32
-run as the process has set them, in TF32 under `train.tf32`.
+head, in the fastest of the layouts tried and there by the fastest algorithm (`kernels.matmul`), on random-normal
+inputs of the base's compute dtype; and the fastest attention, forward and backward, on the micro-batch's own
+`cu_seqlens`. The head takes the rows that have a label. The first layer's q, k and v need no input gradient, as the
+embedding is frozen, and have none here. Not in it: weight gradients (the base is frozen), dequantisation, adapters,
+norms, activations, loss and optimizer. Products in float32 run as the process has set them, in TF32 under
+`train.tf32`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import LlamaConfig
 from packloop.bench.steps import Lap, synchronize
 from packloop.engine.batch import Micro
 from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend
+from packloop.kernels.matmul import matmul
 
 # Repeats of one product, after two to warm up, when layouts are compared.
 REPEATS = 5
@@ -174,7 +176,7 @@ def _forwards(group: Group, num_rows: int, dtype: torch.dtype, device: torch.dev
 def _products(x: Tensor, weights: list[Tensor], outs: list[Tensor]) -> Callable[[], None]:
     def run() -> None:
         for weight, out in zip(weights, outs, strict=True):
-            torch.mm(x, weight, out=out)
+            matmul(x, weight, out=out)
 
     return run
 
@@ -196,7 +198,7 @@ def _input_gradients(
 
 def _summed_products(dys: list[Tensor], weights: list[Tensor], dx: Tensor) -> Callable[[], None]:
     def run() -> None:
-        torch.mm(dys[0], weights[0], out=dx)
+        matmul(dys[0], weights[0], out=dx)
         for dy, weight in zip(dys[1:], weights[1:], strict=True):
             torch.addmm(dx, dy, weight, out=dx)
 

@@ -55,6 +55,7 @@ _GEMMS = (
     "cublas",
     "splitK",
     "aten::mm",
+    "packloop::mm",
     "aten::addmm",
     "aten::bmm",
     "aten::baddbmm",

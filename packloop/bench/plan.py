@@ -75,7 +75,7 @@ def plan(
     config, architecture, notes = _sources(config, synthetic)
     notes += [warning] if warning else []
     if switched := [one.name for one in fields(Operations) if getattr(config.kernels, one.name) == "torch"]:
-        notes.append(f"kernels.{', '.join(switched)}=torch: predicted as if triton, which is faster and takes less")
+        notes.append(f"kernels.{', '.join(switched)}=torch: predicted as if auto, which is faster and takes less")
     shape = ModelShape.of_run(architecture, config)
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
     data = build_data(config.data, tokenizer, seed=config.train.seed)

@@ -227,12 +227,13 @@ def _forward(
         y_wide = _buffer(x_wide, num_outputs + spare_columns)
         out = y_wide[:, :num_outputs]
         if isinstance(weight, ExtendedWeight) and x_wide.shape[1] > weight.num_features:
-            extended_group_forward(x_wide, weight, adapters, dropout, out=out)
+            extended_group_forward(x_wide, weight, adapters, dropout, out=out, by=layer.operations.matmul)
             projected = x_wide[:, weight.num_features :]
             kept.projected[group] = projected if keeps_inputs else projected.clone()
         else:
             dense = [weight.base] if isinstance(weight, ExtendedWeight) else weight
-            _, kept.projected[group] = lora_group_forward(x_wide, dense, adapters, dropout, out=out)
+            by = layer.operations.matmul
+            _, kept.projected[group] = lora_group_forward(x_wide, dense, adapters, dropout, out=out, by=by)
         if keeps_inputs and layer.has_adapter(group):
             kept.inputs[group] = x_wide
         return y_wide
@@ -308,14 +309,14 @@ def _backward(
         )
 
     def input_gradient(group: str, dy_wide: Tensor) -> Tensor:
-        weight, dropout = weights[group], layer.dropout(batch, group)
-        num_outputs = sum(layer.groups[group].out_features)
+        weight, adapters, dropout = weights[group], layer.groups[group], layer.dropout(batch, group)
+        num_outputs, by = sum(adapters.out_features), layer.operations.matmul
         weights.drop(group)
         if isinstance(weight, ExtendedWeight):
             if dropout is None and dy_wide.shape[1] > num_outputs:
-                return extended_input_gradient(dy_wide, weight)
+                return extended_input_gradient(dy_wide, weight, by=by)
             weight = [weight.base]
-        return lora_input_gradient(dy_wide[:, :num_outputs], d_projected[group], weight, layer.groups[group], dropout)
+        return lora_input_gradient(dy_wide[:, :num_outputs], d_projected[group], weight, adapters, dropout, by=by)
 
     def a_gradient(group: str, x: Tensor) -> None:
         adapters, dropout = layer.groups[group], layer.dropout(batch, group)

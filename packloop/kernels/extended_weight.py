@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from packloop.kernels.lora_linear import Dropout, LoraGroup, lora_project
+from packloop.kernels.matmul import ProductLibrary, matmul
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,15 @@ def extended_group_forward(
     dropout: Dropout | None = None,
     *,
     out: Tensor | None = None,
+    by: ProductLibrary = "auto",
 ) -> Tensor:
     """y [T, O] in one product. `x_extended` is [T, H + R]: x, and R columns that receive `projected`."""
     x_TH, projected_TR = x_extended.split([weight.num_features, group.a_RH.shape[0]], dim=1)
     lora_project(x_TH, group, dropout, out=projected_TR)
     rows = weight.buffer[: sum(group.out_features)]
-    return torch.mm(x_extended, rows.T) if out is None else torch.mm(x_extended, rows.T, out=out)
+    return matmul(x_extended, rows.T, out=out, by=by)
 
 
-def extended_input_gradient(dy_extended: Tensor, weight: ExtendedWeight) -> Tensor:
+def extended_input_gradient(dy_extended: Tensor, weight: ExtendedWeight, *, by: ProductLibrary = "auto") -> Tensor:
     """dx [T, H] of a group without dropout, in one product. `dy_extended` [T, O + R]: dy beside d_projected."""
-    return dy_extended @ weight.buffer[:, : weight.num_features]
+    return matmul(dy_extended, weight.buffer[:, : weight.num_features], by=by)

@@ -9,8 +9,9 @@
 
 One dropout mask serves the group's shared input (PEFT draws one an adapter). It is regenerated from its seed wherever
 it is needed, so x and `projected` are all that backward keeps. The steps stand apart, without autograd, because a fused
-layer has dy, x and the base's weight at different times. Products are torch's; with dropout on a GPU, those of the
-adapters with x and dx are `dropout.py`'s. Source: Hu et al., LoRA, arXiv:2106.09685.
+layer has dy, x and the base's weight at different times. Products with base weights are `matmul.py`'s, the others
+torch's; with dropout on a GPU, those of the adapters with x and dx are `dropout.py`'s.
+Source: Hu et al., LoRA, arXiv:2106.09685.
 
 Shapes: T tokens, H input features, O outputs (those of the group side by side), r rank, R ranks of the group.
 """
@@ -31,6 +32,7 @@ from packloop.kernels.dropout import (
     dropout_weight_gradient,
     fits_fused_products,
 )
+from packloop.kernels.matmul import ProductLibrary, matmul
 from packloop.kernels.reference import keep_probability
 
 
@@ -99,6 +101,7 @@ def lora_group_forward(
     dropout: Dropout | None = None,
     *,
     out: Tensor | None = None,
+    by: ProductLibrary = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """`(y [T, O], projected [T, R])`, without autograd; `projected` is None where the group has no adapter.
 
@@ -111,7 +114,7 @@ def lora_group_forward(
         raise ValueError(f"weights {given} for outputs {group.out_features}: {num_outputs} rows in all are needed")
     y_TO = torch.empty(num_tokens, num_outputs, dtype=x_TH.dtype, device=x_TH.device) if out is None else out
     for columns, weight_OH in _row_blocks(weights_OH):
-        torch.mm(x_TH, weight_OH.T, out=y_TO[:, columns])
+        matmul(x_TH, weight_OH.T, out=y_TO[:, columns], by=by)
     if group.a_RH is None:
         return y_TO, None
     projected_TR = lora_project(x_TH, group, dropout)
@@ -220,11 +223,14 @@ def lora_input_gradient(
     weights_OH: Sequence[Tensor],
     group: LoraGroup,
     dropout: Dropout | None,
+    *,
+    by: ProductLibrary = "auto",
 ) -> Tensor:
     """`dy W + mask * (d_projected A)` [T, H]; `weights_OH` as in `lora_group_forward`."""
-    dx_TH = torch.empty(dy_TO.shape[0], weights_OH[0].shape[1], dtype=dy_TO.dtype, device=dy_TO.device)
-    for index, (columns, weight_OH) in enumerate(_row_blocks(weights_OH)):
-        dx_TH.addmm_(dy_TO[:, columns], weight_OH, beta=0 if index == 0 else 1)
+    (first, first_OH), *others = _row_blocks(weights_OH)
+    dx_TH = matmul(dy_TO[:, first], first_OH, by=by)
+    for columns, weight_OH in others:
+        dx_TH.addmm_(dy_TO[:, columns], weight_OH)
     if d_projected_TR is None:
         return dx_TH
     if dropout is None:

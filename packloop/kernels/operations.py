@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from packloop.kernels.matmul import ProductLibrary, why_not_cublaslt
 from packloop.kernels.reference import Implementation, why_not_triton
 
 
@@ -13,7 +14,8 @@ from packloop.kernels.reference import Implementation, why_not_triton
 class Operations:
     """`triton`, `torch`, or `auto`: whichever fits the tensors that arrive. Field names are those of the settings.
 
-    rms_norm, rope, swiglu, nf4: of the fused layers, which are handed this value. cross_entropy: of the head. `torch`
+    rms_norm, rope, swiglu, nf4, matmul: of the fused layers, which are handed this value. matmul has `cublaslt` in
+    `triton`'s place. cross_entropy: of the head. `torch`
     stands for bitsandbytes' own kernel in nf4. rope=torch keeps a backend that rotates by itself from doing so.
     """
 
@@ -21,29 +23,31 @@ class Operations:
     rope: Implementation = "auto"
     swiglu: Implementation = "auto"
     nf4: Implementation = "auto"
+    matmul: ProductLibrary = "auto"
     cross_entropy: Implementation = "auto"
 
 
 AUTO = Operations()
 
 # Those that stock layers leave to Hugging Face, PEFT and bitsandbytes.
-_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4")
+_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul")
 
 
 def choose_operations(requested: Operations, device: torch.device, *, fused: bool) -> Operations:
-    """The operations with every `auto` replaced: Triton where it runs on the device, PyTorch elsewhere.
+    """The operations with every `auto` replaced: Triton or cuBLASLt where it runs on the device, PyTorch elsewhere.
 
-    Stock layers run none of these kernels, so their part is `torch`. Raises ValueError where `triton` is asked for and
-    cannot run, with the remedy.
+    Stock layers run none of these, so their part is `torch`. Raises ValueError where one is asked for and cannot run,
+    with the remedy.
     """
-    reason = why_not_triton(device)
+    reasons = {"triton": why_not_triton(device), "cublaslt": why_not_cublaslt(device)}
     chosen = {}
     for name, implementation in asdict(requested).items():
         in_stock_code = not fused and name in _OF_FUSED_LAYERS
-        if implementation == "triton" and (reason or in_stock_code):
-            because = reason or "kernels.layer=stock runs Hugging Face's own code"
-            raise ValueError(f"kernels.{name}=triton: {because}; use kernels.{name}=auto")
+        fastest = "cublaslt" if name == "matmul" else "triton"
+        reason = reasons[fastest] or ("kernels.layer=stock runs Hugging Face's own code" if in_stock_code else None)
+        if implementation == fastest and reason:
+            raise ValueError(f"kernels.{name}={fastest}: {reason}; use kernels.{name}=auto")
         if implementation == "auto":
-            implementation = "torch" if reason or in_stock_code else "triton"
+            implementation = "torch" if reason else fastest
         chosen[name] = implementation
     return Operations(**chosen)

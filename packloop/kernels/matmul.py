@@ -1,0 +1,154 @@
+"""Products with the base's weights: by torch, or by the fastest of cuBLASLt's algorithms on the operands at hand.
+
+torch takes the algorithm that a heuristic names, which knows nothing of the power limit that large products run
+into. Here every algorithm on offer that gives torch's bits is timed, once for each shape, on the operands of the first
+call, after the GPU has been kept at work for a while. The operator `packloop::mm` shows in profiles what ran.
+
+Shapes: x [M, K], w [K, N], out [M, N], as in `cublaslt`.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from packloop.kernels import cublaslt
+
+ProductLibrary = Literal["auto", "cublaslt", "torch"]
+
+logger = logging.getLogger(__name__)
+
+# Below this many FLOPs a product is over before its algorithm matters.
+_LEAST_FLOPS = 5e9
+# Shapes for which an algorithm is looked for; the rest, of batches whose sizes differ, run as torch has it.
+MOST_SHAPES = 48
+# Seconds of products before the timed ones: the GPU's power limit must have set in.
+_WARM_UP_S = 0.2
+_ROUNDS, _REPEATS = 5, 2
+# An algorithm must save this share of torch's time.
+_LEAST_GAIN = 0.04
+# Bytes of torch's result that others are compared with.
+_SAMPLE_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one shape's product runs by. gain: share of torch's time that the algorithm saved; algorithm None: torch."""
+
+    product: cublaslt.Product | None = None
+    algorithm: object = None
+    gain: float = 0.0
+
+
+_TORCH = Choice()
+# By shape, with the place in the list, which is what the operator is given.
+_choices: dict[tuple, tuple[Choice, int]] = {}
+_chosen: list[Choice] = []
+
+
+def why_not_cublaslt(device: torch.device) -> str | None:
+    """None where `cublaslt` can run on the device, otherwise why not."""
+    if device.type != "cuda":
+        return f"needs a CUDA GPU, the device is {device.type}"
+    return cublaslt.why_not()
+
+
+def matmul(x_MK: Tensor, w_KN: Tensor, *, out: Tensor | None = None, by: ProductLibrary = "auto") -> Tensor:
+    """`x @ w` without autograd, into `out` when given; torch's bits, whoever computes them.
+
+    The first call of a shape on a GPU times the algorithms, about half a second. `by="torch"` does not. Raises
+    ValueError where `by="cublaslt"` cannot run.
+    """
+    if by == "cublaslt" and (reason := why_not_cublaslt(x_MK.device)):
+        raise ValueError(f"cublaslt {reason}")
+    if by == "torch" or not x_MK.is_cuda:
+        return torch.mm(x_MK, w_KN) if out is None else torch.mm(x_MK, w_KN, out=out)
+    if out is None:
+        out = torch.empty(x_MK.shape[0], w_KN.shape[1], dtype=x_MK.dtype, device=x_MK.device)
+    choice, number = _choice_for(x_MK, w_KN, out)
+    if choice.algorithm is None:
+        return torch.mm(x_MK, w_KN, out=out)
+    torch.ops.packloop.mm(x_MK, w_KN, out, number)
+    return out
+
+
+def choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
+    """What products of these shapes run by: chosen at the first call, which overwrites `out` with their product."""
+    return _choice_for(x_MK, w_KN, out_MN)[0]
+
+
+def _choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> tuple[Choice, int]:
+    strides = x_MK.stride(), w_KN.stride(), out_MN.stride()
+    key = (x_MK.device.index, x_MK.dtype, x_MK.shape, w_KN.shape, *strides)
+    if (known := _choices.get(key)) is not None:
+        return known
+    if len(_choices) >= MOST_SHAPES:
+        return _TORCH, -1
+    _chosen.append(_choose(x_MK, w_KN, out_MN))
+    _choices[key] = _chosen[-1], len(_chosen) - 1
+    return _choices[key]
+
+
+@torch.no_grad()
+def _choose(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
+    flops = 2.0 * x_MK.shape[0] * x_MK.shape[1] * w_KN.shape[1]
+    if flops < _LEAST_FLOPS or cublaslt.why_not() or not cublaslt.fits(x_MK, w_KN, out_MN):
+        return _TORCH
+    product = cublaslt.Product(x_MK, w_KN, out_MN)
+    runs: list[Callable[[], object]] = [lambda: torch.mm(x_MK, w_KN, out=out_MN)]
+    runs[0]()
+    # Every so many rows; an odd number, so that all rows of a tile have their turn.
+    step = max(1, out_MN.numel() * out_MN.element_size() // _SAMPLE_BYTES) | 1
+    expected = out_MN[::step].clone()
+    algorithms = [None]
+    for algorithm in product.algorithms:
+        out_MN[::step].fill_(float("nan"))
+        product.run(algorithm, x_MK, w_KN, out_MN)
+        if torch.equal(out_MN[::step], expected):
+            algorithms.append(algorithm)
+            runs.append(lambda algorithm=algorithm: product.run(algorithm, x_MK, w_KN, out_MN))
+    times = _times_ms(runs)
+    best = min(range(len(times)), key=times.__getitem__)
+    gain = 1 - times[best] / times[0]
+    shapes = f"{tuple(x_MK.shape)} x {tuple(w_KN.shape)}"
+    compared = f"{len(product.algorithms)} algorithms, {len(runs) - 1} with torch's bits, {100 * gain:.1f} % to gain"
+    logger.debug("kernels.matmul: %s: %s", shapes, compared)
+    return Choice(product, algorithms[best], gain) if gain >= _LEAST_GAIN else _TORCH
+
+
+def _times_ms(runs: list[Callable[[], object]]) -> list[float]:
+    """Of each, the median of rounds in which all take turns."""
+    started = time.perf_counter()
+    while time.perf_counter() - started < _WARM_UP_S:
+        for run in runs:
+            run()
+        torch.cuda.synchronize()
+    laps = []
+    for _ in range(_ROUNDS):
+        for run in runs:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(_REPEATS):
+                run()
+            end.record()
+            laps.append((start, end))
+    torch.cuda.synchronize()
+    ms = [start.elapsed_time(end) / _REPEATS for start, end in laps]
+    return [statistics.median(ms[index :: len(runs)]) for index in range(len(runs))]
+
+
+def _run_chosen(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, number: int) -> None:
+    choice = _chosen[number]
+    choice.product.run(choice.algorithm, x_MK, w_KN, out_MN)
+
+
+_LIBRARY = torch.library.Library("packloop", "FRAGMENT")
+_LIBRARY.define("mm(Tensor x, Tensor w, Tensor(a!) out, int choice) -> ()")
+_LIBRARY.impl("mm", _run_chosen, "CUDA")
