@@ -32,7 +32,8 @@ MOST_SHAPES = 48
 # Seconds of products before the timed ones: the GPU's power limit must have set in.
 _WARM_UP_S = 0.2
 _ROUNDS, _REPEATS = 5, 2
-# An algorithm must save this share of torch's time.
+# An algorithm must save this share of torch's time. In turns all run at one clock; under a power limit, one that draws
+# more lowers it for all, and by itself takes back up to this much of what it seemed to save.
 _LEAST_GAIN = 0.04
 # Bytes of torch's result that others are compared with.
 _SAMPLE_BYTES = 8 * 2**20
