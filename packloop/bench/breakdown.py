@@ -133,6 +133,20 @@ class StepBreakdown:
     def busy_ms(self) -> float:
         return sum(sums.ms for sums in self.parts.values())
 
+    def rescale(self, busy_ms: float) -> None:
+        """Makes every time the share of `busy_ms` that it is of the busy time in the trace.
+
+        While a trace is taken the GPU waits for the host, and may run at a higher clock than in a step without one.
+        """
+        factor = busy_ms / self.busy_ms if self.busy_ms else 1.0
+        for sums in self.parts.values():
+            sums.ms *= factor
+            sums.joined_ms *= factor
+        for tally in (*self.kernels.values(), *self.products.values()):
+            tally.ms *= factor
+        self.rebuilt_ms *= factor
+        self.unattributed_ms *= factor
+
     def by_class_ms(self) -> dict[str, float]:
         totals: Counter[str] = Counter()
         for (_, cls), sums in self.parts.items():
