@@ -9,6 +9,7 @@ What is kept for backward, a token and layer, is the layer's `keeps`:
     all       x1, q, k, v, a, x2, gate, up, and n1, n2, h where an adapter's gradient needs them
     products  the same without n1, n2, h, each rebuilt by one pass over what it was made from
     input     x1 alone: the forward runs again, and the base's weights, dequantised once, serve it and backward
+Where gate and up are interleaved (`gated`), the products before and after h make it in their epilogues: h is never kept.
 
 Shapes: T slots, H hidden features, I intermediate features, O output features of a group. One tensor of gradients
 serves residual and update: they enter only as a sum.
@@ -25,6 +26,7 @@ from torch import Tensor
 from packloop.kernels.attention import Attention, DocumentLayout, rotates
 from packloop.kernels.base_weights import GroupWeights
 from packloop.kernels.extended_weight import ExtendedWeight, extended_group_forward, extended_input_gradient
+from packloop.kernels.gated import gated_backward, gated_forward, halves
 from packloop.kernels.lora_linear import (
     Dropout,
     LoraGroup,
@@ -90,6 +92,20 @@ class FusedLayer:
     def has_adapter(self, group: str) -> bool:
         return self.groups[group].a_RH is not None
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether gate and up are interleaved, and SwiGLU belongs to the products around it."""
+        return self.groups["gate_up"].interleaved
+
+    def gates_backward(self, batch: Batch) -> bool:
+        """Whether all of SwiGLU's gradient comes out of one product: a dropped-out adapter's share would not."""
+        rides = self.weights["down"].extends and self.dropout(batch, "down") is None
+        return self.is_gated and (rides or not self.has_adapter("down"))
+
+    def keeps_input(self, group: str) -> bool:
+        """Whether the group's input stays until backward."""
+        return self.keeps == "all" and self.has_adapter(group) and not (self.is_gated and group == "down")
+
     def spare_columns(self, group: str) -> int:
         """Columns beside the group's inputs and output gradients, for the adapters' projections."""
         return self.groups[group].a_RH.shape[0] if self.weights[group].extends else 0
@@ -105,6 +121,8 @@ def activation_bytes(layer: FusedLayer, num_slots: int) -> dict[str, int]:
     columns = outputs["qkv"] + attended + features + gate_up + ranks
     statistics = (2 + layer.num_heads) * 4  # two 1 / rms and a log-sum-exp a head, fp32
     inputs = {"qkv": features, "gate_up": features, "down": outputs["gate_up"] // 2}
+    if layer.is_gated:
+        inputs.pop("down")
     kept = sum(width + layer.spare_columns(group) for group, width in inputs.items() if layer.has_adapter(group))
     return {"products": num_slots * (columns * itemsize + statistics), "inputs": num_slots * kept * itemsize}
 
@@ -210,15 +228,51 @@ def _normed(layer: FusedLayer, group: str, residual: Tensor, update: Tensor | No
 
 
 def _gate_and_up(layer: FusedLayer, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate_up[:, : sum(layer.groups["gate_up"].out_features)].chunk(2, dim=1)
+    both = gate_up[:, : sum(layer.groups["gate_up"].out_features)]
+    return halves(both) if layer.is_gated else both.chunk(2, dim=1)
+
+
+def _gated_group(
+    layer: FusedLayer, batch: Batch, weight: list[Tensor] | ExtendedWeight, n2_wide: Tensor, num_spare: int
+) -> tuple[Tensor, Tensor]:
+    """(gate and up with the group's spare columns, hidden with `num_spare`); projects into the input's spare columns."""
+    adapters, num_features = layer.groups["gate_up"], layer.norm2_H.numel()
+    num_outputs = sum(adapters.out_features)
+    if isinstance(weight, ExtendedWeight):
+        spare = n2_wide[:, num_features:]
+        lora_project(n2_wide[:, :num_features], adapters, layer.dropout(batch, "gate_up"), out=spare)
+        rows = weight.buffer[:num_outputs]
+    else:
+        (rows,) = weight
+    gate_up = _buffer(n2_wide, num_outputs + layer.spare_columns("gate_up"))
+    hidden = _buffer(n2_wide, num_outputs // 2 + num_spare)
+    gated_forward(
+        n2_wide,
+        rows,
+        preact_out=gate_up[:, :num_outputs],
+        hidden_out=hidden[:, : num_outputs // 2],
+        by=layer.operations.gated,
+    )
+    return gate_up, hidden
 
 
 def _forward(
     layer: FusedLayer, batch: Batch, weights: _Weights, residual: Tensor, update: Tensor | None, *, needs_output: bool
 ) -> tuple[_Activations, Tensor, Tensor | None]:
     """(what backward needs, x2, output). A recomputation needs no output and ends before the last product."""
-    keeps_inputs = layer.keeps == "all"
     kept = _Activations(x1=residual)
+
+    def keep_input(group: str, x_wide: Tensor, projected: Tensor | None) -> None:
+        """The input where backward is to have it, and the projections; None for those in its spare columns."""
+        if not layer.has_adapter(group):
+            return
+        is_kept = layer.keeps_input(group)
+        if projected is None:
+            projected = x_wide[:, x_wide.shape[1] - layer.groups[group].a_RH.shape[0] :]
+            projected = projected if is_kept else projected.clone()
+        kept.projected[group] = projected
+        if is_kept:
+            kept.inputs[group] = x_wide
 
     def linear(group: str, x_wide: Tensor, spare_columns: int = 0) -> Tensor:
         """The group's outputs, with `spare_columns` beside them."""
@@ -228,14 +282,12 @@ def _forward(
         out = y_wide[:, :num_outputs]
         if isinstance(weight, ExtendedWeight) and x_wide.shape[1] > weight.num_features:
             extended_group_forward(x_wide, weight, adapters, dropout, out=out, by=layer.operations.matmul)
-            projected = x_wide[:, weight.num_features :]
-            kept.projected[group] = projected if keeps_inputs else projected.clone()
+            projected = None
         else:
             dense = [weight.base] if isinstance(weight, ExtendedWeight) else weight
             by = layer.operations.matmul
-            _, kept.projected[group] = lora_group_forward(x_wide, dense, adapters, dropout, out=out, by=by)
-        if keeps_inputs and layer.has_adapter(group):
-            kept.inputs[group] = x_wide
+            _, projected = lora_group_forward(x_wide, dense, adapters, dropout, out=out, by=by)
+        keep_input(group, x_wide, projected)
         return y_wide
 
     x1, n1, rstd1 = _normed(layer, "qkv", residual, update)
@@ -243,16 +295,22 @@ def _forward(
     del n1
     attended, attention_saved = _attend(layer, batch, qkv)
     x2, n2, rstd2 = _normed(layer, "gate_up", x1, linear("o", attended))
-    gate_up = linear("gate_up", n2, layer.spare_columns("gate_up"))
+    num_spare = layer.spare_columns("down") if needs_output else 0
+    if layer.is_gated:
+        gate_up, hidden = _gated_group(layer, batch, weights["gate_up"], n2, num_spare)
+        keep_input("gate_up", n2, None)
+    else:
+        gate_up, hidden = linear("gate_up", n2, layer.spare_columns("gate_up")), None
     del n2
     out = None
     gate, up = _gate_and_up(layer, gate_up)
+    num_features = gate.shape[1]
+    if hidden is None and (needs_output or layer.has_adapter("down")):
+        hidden = _buffer(gate, num_features + num_spare)
+        swiglu_forward(gate, up, out=hidden[:, :num_features], by=layer.operations.swiglu)
     if needs_output:
-        hidden = _buffer(gate, gate.shape[1] + layer.spare_columns("down"))
-        swiglu_forward(gate, up, out=hidden[:, : gate.shape[1]], by=layer.operations.swiglu)
         out = linear("down", hidden)
     elif layer.has_adapter("down"):
-        hidden = swiglu_forward(gate, up, by=layer.operations.swiglu)
         kept.projected["down"] = lora_project(hidden, layer.groups["down"], layer.dropout(batch, "down"))
     # The function returns x2 as well: a detached alias keeps its graph node from holding itself alive.
     kept.x1, kept.x2 = x1.detach(), x2.detach()
@@ -327,16 +385,33 @@ def _backward(
         wide = kept.inputs.pop(group) if group in kept.inputs else _normed(layer, group, x, None)[1]
         return wide[:, : x.shape[1]]
 
-    d_out_wide = _with_spare_columns(d_out, layer.spare_columns("down"))
+    def gate_and_up_gradient(dy_wide: Tensor) -> Tensor | None:
+        """Gradient of gate and up, written over them; returns hidden where the adapter's gradient needs it."""
+        gate, up = _gate_and_up(layer, kept.gate_up)
+        num_features = gate.shape[1]
+        if layer.gates_backward(batch):
+            weight = weights["down"]
+            weights.drop("down")
+            columns = weight.buffer[:, :num_features] if isinstance(weight, ExtendedWeight) else weight[0]
+            hidden, both = _buffer(gate, num_features), kept.gate_up[:, : 2 * num_features]
+            gated_backward(dy_wide, columns, both, d_preact_out=both, hidden_out=hidden, by=layer.operations.gated)
+            return hidden
+        d_hidden = input_gradient("down", dy_wide)
+        hidden = kept.inputs.pop("down", None)
+        rebuilt = _buffer(gate, num_features) if hidden is None and layer.has_adapter("down") else None
+        swiglu_backward(d_hidden, gate, up, d_gate=gate, d_up=up, hidden_out=rebuilt, by=layer.operations.swiglu)
+        return rebuilt if hidden is None else hidden[:, :num_features]
+
+    num_spare = layer.spare_columns("down")
+    d_out_wide = _with_spare_columns(d_out, num_spare)
+    if d_out_wide is d_out and num_spare and layer.gates_backward(batch):
+        d_out_wide = _buffer(d_out, d_out.shape[1] + num_spare)
+        d_out_wide[:, : d_out.shape[1]].copy_(d_out)
     output_gradient("down", d_out_wide)
-    d_hidden = input_gradient("down", d_out_wide)
-    gate, up = _gate_and_up(layer, kept.gate_up)
-    hidden = kept.inputs.pop("down", None)
-    rebuilt = _buffer(gate, gate.shape[1]) if hidden is None and layer.has_adapter("down") else None
-    swiglu_backward(d_hidden, gate, up, d_gate=gate, d_up=up, hidden_out=rebuilt, by=layer.operations.swiglu)
+    hidden = gate_and_up_gradient(d_out_wide)
     if layer.has_adapter("down"):
-        a_gradient("down", rebuilt if hidden is None else hidden[:, : gate.shape[1]])
-    del d_hidden, hidden, rebuilt, gate, up
+        a_gradient("down", hidden)
+    del d_out_wide, hidden
     d_gate_up, kept.gate_up = kept.gate_up, None  # the pass above has overwritten the one with the other
     output_gradient("gate_up", d_gate_up)
     d_n2 = input_gradient("gate_up", d_gate_up)
