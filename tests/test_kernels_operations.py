@@ -99,7 +99,7 @@ def test_a_quack_that_cannot_run_is_refused(monkeypatch):
     assert choose_operations(asked, CUDA, fused=True).gated == "quack"
     assert gated.library_for(torch.bfloat16, CUDA, "auto") == "quack"
     assert gated.library_for(torch.float32, CUDA, "auto") == "none"
-    with pytest.raises(ValueError, match="needs bfloat16 or float16, the weights are torch.float32"):
+    with pytest.raises(ValueError, match="needs bfloat16 or float16, the weights are"):
         gated.library_for(torch.float32, CUDA, "quack")
     with pytest.raises(ValueError, match=r"kernels\.layer=stock runs Hugging Face's own code"):
         choose_operations(asked, CUDA, fused=False)

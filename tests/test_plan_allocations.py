@@ -46,6 +46,7 @@ def without_arithmetic(monkeypatch):
     monkeypatch.setattr(
         document_attention, "_default_tiles", lambda *_: (tiles, BackwardTiles(queries=tiles, keys=tiles))
     )
+
     # On a GPU one product that sums in fp32 where it is asked to.
     def wide_product(left, right, total=None):
         return torch.empty(left.shape[0], right.shape[1]) if total is None else total

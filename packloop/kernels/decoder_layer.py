@@ -9,7 +9,7 @@ What is kept for backward, a token and layer, is the layer's `keeps`:
     all       x1, q, k, v, a, x2, gate, up, and n1, n2, h where an adapter's gradient needs them
     products  the same without n1, n2, h, each rebuilt by one pass over what it was made from
     input     x1 alone: the forward runs again, and the base's weights, dequantised once, serve it and backward
-Where gate and up are interleaved (`gated`), the products before and after h make it in their epilogues: h is never kept.
+Where gate and up are interleaved (`gated`), the products around h make it in their epilogues, and it is never kept.
 
 Shapes: T slots, H hidden features, I intermediate features, O output features of a group. One tensor of gradients
 serves residual and update: they enter only as a sum.
@@ -275,8 +275,8 @@ def _forward(
     num_spare = layer.spare_columns("down") if needs_output else 0
     if layer.is_gated:
         adapters, dropout = layer.groups["gate_up"], layer.dropout(batch, "gate_up")
-        beside = layer.spare_columns("gate_up"), num_spare
-        gate_up, hidden = gated_group_forward(n2, weights["gate_up"], adapters, dropout, beside, by=layer.operations.gated)
+        beside, by = (layer.spare_columns("gate_up"), num_spare), layer.operations.gated
+        gate_up, hidden = gated_group_forward(n2, weights["gate_up"], adapters, dropout, beside, by=by)
         keep_input("gate_up", n2, None)
     else:
         gate_up, hidden = linear("gate_up", n2, layer.spare_columns("gate_up")), None

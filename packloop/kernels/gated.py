@@ -69,12 +69,12 @@ def _why_not_installed() -> str | None:
 def _why_not_usable() -> str | None:
     try:
         from quack.epilogue.library import linear_act_mod
+
+        linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=False, has_colvec=False)
     except (ImportError, RuntimeError) as error:  # cutlass finds no build for its CUDA
         return f"cannot import quack-kernels ({error})"
-    try:
-        linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=False, has_colvec=False)
     except TypeError:
-        # Elsewhere it takes cutlass's functions for parts of the epilogue, and cannot name its kernels.
+        # Elsewhere it takes cutlass's functions for parts of its epilogues, which have no name for it to keep them by.
         return "needs quack-kernels and nvidia-cutlass-dsl in a directory called site-packages"
     return None
 
