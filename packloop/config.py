@@ -185,8 +185,8 @@ class KernelsConfig(Section):
     )
     gated: Literal["auto", "quack", "none"] = Field(
         "auto",
-        description="SwiGLU in the epilogues of the products around it (fused layers over an NF4 base only). auto: quack "
-        "on a Hopper GPU where quack-kernels is installed.",
+        description="SwiGLU in the epilogues of the products around it (fused layers over an NF4 base only). auto: "
+        "quack on a Hopper GPU where quack-kernels is installed.",
     )
     cross_entropy: Implementation = Field(
         "auto", description="Loss and gradient of a chunk of logits; the chunks, of either kind of layer, stay."

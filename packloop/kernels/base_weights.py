@@ -28,7 +28,8 @@ class GroupWeights:
     """The base weights of linear layers that share an input, called for what the group's products take.
 
     NF4 members are dequantised into the rows of one new buffer, in the order of the group's outputs (`interleaved`), so
-    that the group is one product; the adapters lie beside them in it (`extends`, an `ExtendedWeight`). Dense members are returned as they are, one product each.
+    that the group is one product; the adapters lie beside them in it (`extends`, an `ExtendedWeight`). Dense members
+    are returned as they are, one product each.
     `keep()` stores the buffer, so that later calls cost nothing: same values, same results. nf4: who dequantises.
     """
 

@@ -9,7 +9,7 @@ What is kept for backward, a token and layer, is the layer's `keeps`:
     all       x1, q, k, v, a, x2, gate, up, and n1, n2, h where an adapter's gradient needs them
     products  the same without n1, n2, h, each rebuilt by one pass over what it was made from
     input     x1 alone: the forward runs again, and the base's weights, dequantised once, serve it and backward
-Where gate and up are interleaved (`gated`), the products before and after h make it in their epilogues: h is never kept.
+Where gate and up are interleaved (`gated`), the products around h make it in their epilogues, and it is never kept.
 
 Shapes: T slots, H hidden features, I intermediate features, O output features of a group. One tensor of gradients
 serves residual and update: they enter only as a sum.
@@ -25,8 +25,15 @@ from torch import Tensor
 
 from packloop.kernels.attention import Attention, DocumentLayout, rotates
 from packloop.kernels.base_weights import GroupWeights
-from packloop.kernels.extended_weight import ExtendedWeight, extended_group_forward, extended_input_gradient
-from packloop.kernels.gated import gated_backward, gated_forward, halves
+from packloop.kernels.extended_weight import (
+    ExtendedWeight,
+    extended_group_forward,
+    extended_input_gradient,
+    gradient_buffer,
+    new_rows,
+    with_spare_columns,
+)
+from packloop.kernels.gated import gated_group_forward, gated_group_gradient_, halves
 from packloop.kernels.lora_linear import (
     Dropout,
     LoraGroup,
@@ -166,10 +173,6 @@ class _Weights:
         self._made.pop(group, None)
 
 
-def _buffer(like: Tensor, num_columns: int) -> Tensor:
-    return torch.empty(like.shape[0], num_columns, dtype=like.dtype, device=like.device)
-
-
 def _split_heads(layer: FusedLayer, qkv_TO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q [T, heads, D], k and v [T, kv_heads, D] in the joined buffer, its spare columns left out."""
     q_size, kv_size = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
@@ -188,7 +191,7 @@ def _attend(layer: FusedLayer, batch: Batch, qkv_TO: Tensor) -> tuple[Tensor, ob
     """(output [T, H * D], with spare columns where the backend can write beside them; what backward needs)."""
     if layer.attention_rotates:
         num_features = layer.num_heads * layer.head_dim
-        wide = _buffer(qkv_TO, num_features + layer.spare_columns("o"))
+        wide = new_rows(qkv_TO, num_features + layer.spare_columns("o"))
         out_THD = wide[:, :num_features].unflatten(1, (-1, layer.head_dim))
         _, saved = layer.attention.forward(
             *_split_heads(layer, qkv_TO), batch.layout, layer.scale, rotation=batch.rotation, out=out_THD
@@ -201,7 +204,7 @@ def _attend(layer: FusedLayer, batch: Batch, qkv_TO: Tensor) -> tuple[Tensor, ob
 
 def _attend_backward(layer: FusedLayer, batch: Batch, kept: _Activations, d_attended: Tensor) -> Tensor:
     """Gradient of the projection's output [T, O], with spare columns."""
-    d_qkv = _buffer(kept.qkv, kept.qkv.shape[1] + layer.spare_columns("qkv"))
+    d_qkv = new_rows(kept.qkv, kept.qkv.shape[1] + layer.spare_columns("qkv"))
     does_rope = layer.attention_rotates
     layer.attention.backward(
         kept.attention_saved,
@@ -220,7 +223,7 @@ def _attend_backward(layer: FusedLayer, batch: Batch, kept: _Activations, d_atte
 def _normed(layer: FusedLayer, group: str, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(residual + update, its norm as the group's input with spare columns, 1 / rms)."""
     num_features = residual.shape[1]
-    wide = _buffer(residual, num_features + layer.spare_columns(group))
+    wide = new_rows(residual, num_features + layer.spare_columns(group))
     weight_H = layer.norm1_H if group == "qkv" else layer.norm2_H
     by, normed = layer.operations.rms_norm, wide[:, :num_features]
     total, _, rstd_T = add_rms_norm_forward(residual, update, weight_H, layer.eps, normed_out=normed, by=by)
@@ -230,30 +233,6 @@ def _normed(layer: FusedLayer, group: str, residual: Tensor, update: Tensor | No
 def _gate_and_up(layer: FusedLayer, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     both = gate_up[:, : sum(layer.groups["gate_up"].out_features)]
     return halves(both) if layer.is_gated else both.chunk(2, dim=1)
-
-
-def _gated_group(
-    layer: FusedLayer, batch: Batch, weight: list[Tensor] | ExtendedWeight, n2_wide: Tensor, num_spare: int
-) -> tuple[Tensor, Tensor]:
-    """(gate and up with the group's spare columns, hidden with `num_spare`); projects into the input's spare columns."""
-    adapters, num_features = layer.groups["gate_up"], layer.norm2_H.numel()
-    num_outputs = sum(adapters.out_features)
-    if isinstance(weight, ExtendedWeight):
-        spare = n2_wide[:, num_features:]
-        lora_project(n2_wide[:, :num_features], adapters, layer.dropout(batch, "gate_up"), out=spare)
-        rows = weight.buffer[:num_outputs]
-    else:
-        (rows,) = weight
-    gate_up = _buffer(n2_wide, num_outputs + layer.spare_columns("gate_up"))
-    hidden = _buffer(n2_wide, num_outputs // 2 + num_spare)
-    gated_forward(
-        n2_wide,
-        rows,
-        preact_out=gate_up[:, :num_outputs],
-        hidden_out=hidden[:, : num_outputs // 2],
-        by=layer.operations.gated,
-    )
-    return gate_up, hidden
 
 
 def _forward(
@@ -278,14 +257,12 @@ def _forward(
         """The group's outputs, with `spare_columns` beside them."""
         weight, adapters, dropout = weights[group], layer.groups[group], layer.dropout(batch, group)
         num_outputs = sum(adapters.out_features)
-        y_wide = _buffer(x_wide, num_outputs + spare_columns)
-        out = y_wide[:, :num_outputs]
+        y_wide = new_rows(x_wide, num_outputs + spare_columns)
+        out, projected, by = y_wide[:, :num_outputs], None, layer.operations.matmul
         if isinstance(weight, ExtendedWeight) and x_wide.shape[1] > weight.num_features:
-            extended_group_forward(x_wide, weight, adapters, dropout, out=out, by=layer.operations.matmul)
-            projected = None
+            extended_group_forward(x_wide, weight, adapters, dropout, out=out, by=by)
         else:
             dense = [weight.base] if isinstance(weight, ExtendedWeight) else weight
-            by = layer.operations.matmul
             _, projected = lora_group_forward(x_wide, dense, adapters, dropout, out=out, by=by)
         keep_input(group, x_wide, projected)
         return y_wide
@@ -297,7 +274,9 @@ def _forward(
     x2, n2, rstd2 = _normed(layer, "gate_up", x1, linear("o", attended))
     num_spare = layer.spare_columns("down") if needs_output else 0
     if layer.is_gated:
-        gate_up, hidden = _gated_group(layer, batch, weights["gate_up"], n2, num_spare)
+        adapters, dropout = layer.groups["gate_up"], layer.dropout(batch, "gate_up")
+        beside, by = (layer.spare_columns("gate_up"), num_spare), layer.operations.gated
+        gate_up, hidden = gated_group_forward(n2, weights["gate_up"], adapters, dropout, beside, by=by)
         keep_input("gate_up", n2, None)
     else:
         gate_up, hidden = linear("gate_up", n2, layer.spare_columns("gate_up")), None
@@ -306,7 +285,7 @@ def _forward(
     gate, up = _gate_and_up(layer, gate_up)
     num_features = gate.shape[1]
     if hidden is None and (needs_output or layer.has_adapter("down")):
-        hidden = _buffer(gate, num_features + num_spare)
+        hidden = new_rows(gate, num_features + num_spare)
         swiglu_forward(gate, up, out=hidden[:, :num_features], by=layer.operations.swiglu)
     if needs_output:
         out = linear("down", hidden)
@@ -392,21 +371,19 @@ def _backward(
         if layer.gates_backward(batch):
             weight = weights["down"]
             weights.drop("down")
-            columns = weight.buffer[:, :num_features] if isinstance(weight, ExtendedWeight) else weight[0]
-            hidden, both = _buffer(gate, num_features), kept.gate_up[:, : 2 * num_features]
-            gated_backward(dy_wide, columns, both, d_preact_out=both, hidden_out=hidden, by=layer.operations.gated)
-            return hidden
+            both = kept.gate_up[:, : 2 * num_features]
+            return gated_group_gradient_(dy_wide, weight, both, by=layer.operations.gated)
         d_hidden = input_gradient("down", dy_wide)
         hidden = kept.inputs.pop("down", None)
-        rebuilt = _buffer(gate, num_features) if hidden is None and layer.has_adapter("down") else None
+        rebuilt = new_rows(gate, num_features) if hidden is None and layer.has_adapter("down") else None
         swiglu_backward(d_hidden, gate, up, d_gate=gate, d_up=up, hidden_out=rebuilt, by=layer.operations.swiglu)
         return rebuilt if hidden is None else hidden[:, :num_features]
 
     num_spare = layer.spare_columns("down")
-    d_out_wide = _with_spare_columns(d_out, num_spare)
+    d_out_wide = with_spare_columns(d_out, num_spare)
     if d_out_wide is d_out and num_spare and layer.gates_backward(batch):
-        d_out_wide = _buffer(d_out, d_out.shape[1] + num_spare)
-        d_out_wide[:, : d_out.shape[1]].copy_(d_out)
+        d_out_wide, part = gradient_buffer(d_out, num_spare)
+        part.copy_(d_out)
     output_gradient("down", d_out_wide)
     hidden = gate_and_up_gradient(d_out_wide)
     if layer.has_adapter("down"):
@@ -419,7 +396,7 @@ def _backward(
     if layer.has_adapter("gate_up"):
         a_gradient("gate_up", normed("gate_up", kept.x2))
     d_projected.pop("gate_up")  # it lies in the widest buffer of the layer and would keep it
-    d_x2_wide, d_x2 = _gradient_buffer(d_n2, layer.spare_columns("o"))
+    d_x2_wide, d_x2 = gradient_buffer(d_n2, layer.spare_columns("o"))
     by = layer.operations.rms_norm
     add_rms_norm_backward(d_n2, d_out, kept.x2, layer.norm2_H, kept.rstd2, d_residual=d_x2, by=by)
 
@@ -435,26 +412,9 @@ def _backward(
     if needs_dx:
         d_n1 = input_gradient("qkv", d_qkv)
         # The layer before has this gradient as its output's, whose product takes spare columns too.
-        _, d_x1 = _gradient_buffer(d_n1, layer.spare_columns("down"))
+        _, d_x1 = gradient_buffer(d_n1, layer.spare_columns("down"))
         add_rms_norm_backward(d_n1, d_x2, kept.x1, layer.norm1_H, kept.rstd1, d_residual=d_x1, by=by)
     return d_x1, gradients.for_autograd
-
-
-def _gradient_buffer(dx: Tensor, num_spare: int) -> tuple[Tensor, Tensor]:
-    """(a buffer with spare columns, its part shaped like dx); dx itself where none are needed."""
-    if num_spare == 0:
-        return dx, dx
-    wide = _buffer(dx, dx.shape[1] + num_spare)
-    return wide, wide[:, : dx.shape[1]]
-
-
-def _with_spare_columns(gradient: Tensor, num_spare: int) -> Tensor:
-    """The buffer that `_gradient_buffer` made for this gradient, found again behind autograd; else the gradient."""
-    wide = gradient._base
-    if num_spare and wide is not None and wide.shape == (gradient.shape[0], gradient.shape[1] + num_spare):
-        same_place = wide.data_ptr() == gradient.data_ptr() and wide.stride() == gradient.stride()
-        return wide if same_place else gradient
-    return gradient
 
 
 class _DecoderLayer(torch.autograd.Function):

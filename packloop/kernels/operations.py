@@ -16,9 +16,9 @@ class Operations:
     """`triton`, `torch`, or `auto`: whichever fits the tensors that arrive. Field names are those of the settings.
 
     rms_norm, rope, swiglu, nf4, matmul, gated: of the fused layers, which are handed this value. cross_entropy: of the
-    head. matmul has `cublaslt` in `triton`'s place. `torch` stands for bitsandbytes' own kernel in nf4. rope=torch keeps
-    a backend that rotates by itself from doing so. gated: who runs the products with SwiGLU in their epilogues; `none`
-    leaves it to swiglu.
+    head. matmul has `cublaslt` in `triton`'s place. `torch` stands for bitsandbytes' own kernel in nf4. rope=torch
+    keeps a backend that rotates by itself from doing so. gated: who runs the products with SwiGLU in their epilogues;
+    `none` leaves it to swiglu.
     """
 
     rms_norm: Implementation = "auto"
@@ -41,8 +41,8 @@ _CHOICES = {"matmul": ("cublaslt", "torch"), "gated": ("quack", "none")}
 def choose_operations(requested: Operations, device: torch.device, *, fused: bool) -> Operations:
     """The operations with every `auto` replaced: Triton, cuBLASLt or quack where it runs on the device, else PyTorch.
 
-    Stock layers run none of these, so their part is `torch`, or `none` for gated. Raises ValueError where one is asked for and cannot run,
-    with the remedy.
+    Stock layers run none of these, so their part is `torch`, or `none` for gated. Raises ValueError where one is asked
+    for and cannot run, with the remedy.
     """
     why_not = {"triton": why_not_triton, "cublaslt": why_not_cublaslt, "quack": why_not_quack}
     chosen = {}

@@ -1,7 +1,8 @@
 """SwiGLU, `silu(gate) * up`, one pass forward and one backward that can rebuild the product on its way.
 
 Shapes: T tokens, I features of the MLP. gate and up are [T, I] with adjacent features; they may be the halves of one
-[T, 2I] buffer, or its even and its odd columns. Arithmetic is float32, rounded once. (Hugging Face also rounds silu(gate) before the product.)
+[T, 2I] buffer, or its even and its odd columns. Arithmetic is float32, rounded once. (Hugging Face also rounds
+silu(gate) before the product.)
 """
 
 from __future__ import annotations
