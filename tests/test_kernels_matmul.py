@@ -48,3 +48,26 @@ def test_a_shape_is_looked_at_once_and_so_many_at_most(monkeypatch):
     assert looked_at == [(num_rows, 8) for num_rows in range(1, matmul.MOST_SHAPES + 1)]
     # Other strides are another shape, for which there is no room left.
     assert choice_for(random(8, 1).T, w, torch.empty(1, 10)).algorithm is None
+
+
+@pytest.mark.parametrize("refused", ["the product", "every algorithm"])
+def test_what_the_library_refuses_is_torchs(monkeypatch, refused):
+    """The library itself, which no CPU has, is stood in for."""
+
+    class Product:
+        algorithms = ("one", "another")
+
+        def __init__(self, *_operands):
+            if refused == "the product":
+                raise cublaslt.CublasLtError("cublasLtMatmulAlgoGetHeuristic failed with cublasStatus_t 15")
+
+        def run(self, *_arguments):
+            raise cublaslt.CublasLtError("cublasLtMatmul failed with cublasStatus_t 15")
+
+    monkeypatch.setattr(matmul, "_LEAST_FLOPS", 0.0)
+    monkeypatch.setattr(matmul, "_times_ms", lambda runs: [1.0] * len(runs))
+    monkeypatch.setattr(cublaslt, "why_not", lambda: None)
+    monkeypatch.setattr(cublaslt, "fits", lambda *_operands: True)
+    monkeypatch.setattr(cublaslt, "Product", Product)
+    x, w = random(6, 8), random(8, 10)
+    assert matmul._choose(x, w, torch.empty(6, 10)).algorithm is None
