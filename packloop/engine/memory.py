@@ -1,7 +1,7 @@
 """The numbers of layers that recompute, cache weights or keep inputs, chosen on the GPU at hand within a memory budget.
 
-What each choice saves is measured on the model; `planner.policy` chooses; one real forward and backward pass then
-checks the choice.
+What each choice saves is measured on the model; `planner.policy` chooses; two real forward and backward passes in
+a row then check the choice.
 """
 
 from __future__ import annotations

@@ -109,9 +109,9 @@ class Product:
 
     def __init__(self, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor):
         (num_rows, inner), num_columns = x_MK.shape, w_KN.shape[1]
+        self._descriptor = self._layouts = None
         self._handle = _handle(x_MK.device.index)
         self._one, self._zero = c_float(1.0), c_float(0.0)
-        self._descriptor = self._layouts = None
         # To the library, whose matrices have adjacent rows, the product is out^T = w^T x^T.
         is_transposed = w_KN.stride(0) == 1
         descriptor = c_void_p()

@@ -231,3 +231,5 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+    except (ImportError, AttributeError, OSError, RuntimeError):  # of a parent; `_why_not_loaded` says what it raises
+        return True
