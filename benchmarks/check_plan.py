@@ -107,7 +107,7 @@ def main() -> None:
     bench = Bench(arguments)
     chosen = plan_cases.CALIBRATION if arguments.calibrate else plan_cases.HELD_OUT
     cases = [case.dry() if bench.is_dry else case for case in chosen]
-    cases = [case for case in cases if arguments.only in case.name]
+    cases = [case for case in cases if not arguments.only or any(part in case.name for part in arguments.only)]
     if arguments.calibrate:
         measure_kinds(bench)
     for case in cases:
@@ -124,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="JSON rows with the fields instruction and output; default: the bundled sample")
     parser.add_argument("--tokenizer", default="bundled", help="directory; default: the bundled model's")
     parser.add_argument("--shape", choices=("tiny",), help="dry run on a CPU")
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--only", action="append", default=[], help="cases whose name has this in it; may be repeated")
     arguments = parser.parse_args()
     if arguments.output is None and arguments.compare is None:
         parser.error("--output is needed, but for --compare")

@@ -33,7 +33,6 @@ ALLOWED_PARTS = {
 KERNEL_PACKAGES = {"torch", "triton", "flash_attn"}
 KERNEL_EXCEPTIONS = {
     "document_attention.py": {"numpy"},
-    "gated.py": {"quack"},
     "nf4.py": {"bitsandbytes"},
     "patch.py": {"transformers", "peft"},
 }

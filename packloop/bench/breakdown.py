@@ -28,8 +28,6 @@ PHASES = (FORWARD, RECOMPUTATION, BACKWARD, UPDATE)
 _PRODUCTS = {
     "aten::mm": (0, 1),
     "packloop::mm": (0, 1),
-    "packloop::gated_forward": (0, 1),
-    "packloop::gated_backward": (0, 1),
     "aten::addmm": (1, 2),
     "aten::addmm_": (1, 2),
     "aten::bmm": (0, 1),
@@ -134,6 +132,20 @@ class StepBreakdown:
     @property
     def busy_ms(self) -> float:
         return sum(sums.ms for sums in self.parts.values())
+
+    def rescale(self, busy_ms: float) -> None:
+        """Makes every time the share of `busy_ms` that it is of the busy time in the trace.
+
+        While a trace is taken the GPU waits for the host, and may run at a higher clock than in a step without one.
+        """
+        factor = busy_ms / self.busy_ms if self.busy_ms else 1.0
+        for sums in self.parts.values():
+            sums.ms *= factor
+            sums.joined_ms *= factor
+        for tally in (*self.kernels.values(), *self.products.values()):
+            tally.ms *= factor
+        self.rebuilt_ms *= factor
+        self.unattributed_ms *= factor
 
     def by_class_ms(self) -> dict[str, float]:
         totals: Counter[str] = Counter()

@@ -44,6 +44,8 @@ from packloop.errors import InputError, OutOfMemoryError
 
 OUT_OF_MEMORY = 3
 OTHER_CONDITIONS = 4
+# A profile's times by name.
+_OF_A_PROFILE = ("by_class_ms", "by_phase_ms")
 # Windows whose floor is timed; the median of these is as good as that of all.
 MOST_FLOORS = 5
 
@@ -297,9 +299,13 @@ def end_with_parent() -> None:
 
 
 def _of_plain_step(profile: Profile, step_ms: float) -> Profile:
-    """Idle time against a step without the profiler, which slows the host."""
-    total_ms = max(step_ms, profile.busy_ms)
-    return profile.model_copy(update={"step_ms": total_ms, "idle_share": 1 - profile.busy_ms / total_ms})
+    """Of a step without the profiler, which slows the host: on a GPU the same shares of it, on a CPU the same times."""
+    if profile.device == "cpu":
+        total_ms = max(step_ms, profile.busy_ms)
+        return profile.model_copy(update={"step_ms": total_ms, "idle_share": 1 - profile.busy_ms / total_ms})
+    factor = step_ms / profile.step_ms
+    scaled = {name: {key: ms * factor for key, ms in getattr(profile, name).items()} for name in _OF_A_PROFILE}
+    return profile.model_copy(update={"step_ms": step_ms, "busy_ms": profile.busy_ms * factor, **scaled})
 
 
 def _floor(taken: Probe, subject: Subject) -> FloorRecord | None:

@@ -56,7 +56,6 @@ _GEMMS = (
     "splitK",
     "aten::mm",
     "packloop::mm",
-    "packloop::gated",
     "aten::addmm",
     "aten::bmm",
     "aten::baddbmm",

@@ -17,7 +17,7 @@ from packloop.bench.breakdown import StepBreakdown
 from packloop.bench.labels import labelled
 from packloop.bench.results import Profile
 from packloop.bench.steps import Job, Lap, reset_peak, synchronize
-from packloop.bench.trace import read_trace
+from packloop.bench.trace import exclusive_ms, read_trace
 from packloop.engine.batch import Micro
 from packloop.engine.budget import GIB, settle_on_gpu
 from packloop.errors import InputError
@@ -52,16 +52,34 @@ def trace_step(step: Step, micros: list[Micro], path: Path) -> tuple[Lap, StepBr
     return lap, breakdown
 
 
-def profile_step(step: Step, micros: list[Micro], *, step_ms: float | None = None) -> Profile:
-    """Takes one step of `Job.stepping` under the profiler and says what its time went into.
+def busy_share(step: Step, micros: list[Micro]) -> float:
+    """The share of one step of `Job.stepping` in which the GPU is busy, from a trace of its kernels and nothing else.
 
-    step_ms: what such a step takes without the profiler, which slows the host; idle is what the kernels leave of it.
-    Without it the profiled step's own time is taken. On a CPU the classes are those of operators.
+    Such a trace hardly slows the host, so the GPU waits, and its clock is, as in a step that nobody looks at.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "trace.json"
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            lap = step(micros)
+            synchronize()
+        profiler.export_chrome_trace(str(path))
+        return min(1.0, sum(exclusive_ms(read_trace(path).work)) / lap.ms)
+
+
+def profile_step(step: Step, micros: list[Micro], *, step_ms: float | None = None) -> Profile:
+    """Takes a step of `Job.stepping` under the profiler, on a GPU twice, and says what its time went into.
+
+    step_ms: what such a step takes without the profiler, which slows the host; without it the profiled step's own time.
+    On a GPU `busy_share` of it is busy, and divided as the labelled trace says. On a CPU the classes are those of
+    operators, and idle is what they leave.
     """
     with tempfile.TemporaryDirectory() as directory:
         lap, breakdown = trace_step(step, micros, Path(directory) / "trace.json")
+    total_ms = step_ms or lap.ms
+    if breakdown.is_gpu:
+        breakdown.rescale(busy_share(step, micros) * total_ms)
     busy_ms = breakdown.busy_ms
-    total_ms = max(step_ms or lap.ms, busy_ms)
+    total_ms = max(total_ms, busy_ms)
     return Profile(
         device="gpu" if breakdown.is_gpu else "cpu",
         step_ms=total_ms,
@@ -92,7 +110,7 @@ class ProfiledSteps:
 
     @property
     def step_ms(self) -> float:
-        """Mean of the timed steps on a GPU, whose kernels the profiler leaves as they are; on a CPU of the traced."""
+        """Mean of the timed steps on a GPU, to which the traced are rescaled; on a CPU of the traced."""
         laps = self.laps if self.breakdowns[0].is_gpu else self.traced_laps
         return max(statistics.fmean(lap.ms for lap in laps), self.busy_ms)
 
@@ -100,6 +118,8 @@ class ProfiledSteps:
 def profile_steps(job: Job, options: dict[str, Any], *, steps: int, warmup: int, trace: Path) -> ProfiledSteps:
     """Warms up, times `steps` windows and profiles them; `trace` receives the last one's Chrome trace.
 
+    On a GPU each window is taken a third time for its `busy_share`: that much of the timed step is what the classes add
+    up to.
     options: what `Job.resolve` returned.
     """
     taken = ProfiledSteps()
@@ -116,6 +136,10 @@ def profile_steps(job: Job, options: dict[str, Any], *, steps: int, warmup: int,
             lap, breakdown = trace_step(step, window, trace)
             taken.traced_laps.append(lap)
             taken.breakdowns.append(breakdown)
+        if taken.breakdowns[0].is_gpu:
+            for window, lap, breakdown in zip(windows, taken.laps, taken.breakdowns, strict=True):
+                job.next_window()
+                breakdown.rescale(busy_share(step, window) * lap.ms)
     taken.layouts = [micro.layout for window in windows for micro in window]
     taken.num_slots = windows[0][0].batch.num_slots
     return taken

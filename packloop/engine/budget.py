@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 
@@ -13,6 +14,8 @@ GIB = 2**30
 MARGIN_GIB = 2.0
 # Of these, what CUDA's context with its loaded kernels takes beside torch's memory, about, whatever the settings.
 CONTEXT_GIB = 0.5
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_SEGMENTS_THAT_GROW = "expandable_segments:True"
 
 
 def settle_budget(
@@ -69,6 +72,19 @@ def limit_memory(budget_gib: float | None, paged_bytes: int = 0, device: torch.d
     total_bytes = torch.cuda.get_device_properties(index).total_memory
     torch.cuda.set_per_process_memory_fraction(allowed_bytes / total_bytes, index)
     return allowed_bytes
+
+
+def grow_segments() -> None:
+    """Has CUDA's allocator reserve memory in segments that grow, which keeps it close to what is in use.
+
+    Does nothing where the environment already says how to allocate. Said to the allocator itself, too: it reads the
+    environment as torch is imported, which has happened. The environment is for processes that this one starts.
+    """
+    if any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        return
+    os.environ[_ALLOCATOR_VARIABLES[0]] = _SEGMENTS_THAT_GROW
+    if torch.cuda.is_available():
+        torch._C._accelerator_setAllocatorSettings(_SEGMENTS_THAT_GROW)
 
 
 def lift_limit() -> None:

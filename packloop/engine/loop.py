@@ -20,7 +20,7 @@ from packloop.config import RunConfig, dump_config
 from packloop.data.loader import PackLoader, TrainingData, build_data, eval_batches
 from packloop.engine import schedule
 from packloop.engine.batch import Micro, Windows
-from packloop.engine.budget import check_budget
+from packloop.engine.budget import check_budget, grow_segments
 from packloop.engine.checkpoint import (
     Checkpoint,
     capture_rng,
@@ -245,13 +245,12 @@ def _check_forward(llama: nn.Module, config: RunConfig) -> None:
 
 
 def set_numerics(config: RunConfig) -> None:
-    """Sets torch's precision, determinism and allocator as `config` asks, best before anything is on a GPU."""
+    """Sets torch's precision, determinism and allocator as `config` asks, before anything is on a GPU."""
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
     torch.use_deterministic_algorithms(config.train.deterministic)
-    # Segments that grow keep reserved memory close to what is in use; read when CUDA's allocator starts.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    grow_segments()
 
 
 def make_optimizer(config: RunConfig, flat: FlatParameters) -> AdamW:

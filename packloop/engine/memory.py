@@ -70,6 +70,7 @@ def plan_memory(
         if smaller == plan:
             break
         plan = smaller
+    _forget()
     return plan, f"a layer's {costs}; peak {(peak or used_bytes) / GIB:.1f} GiB of {budget_bytes / GIB:.1f} allowed"
 
 
@@ -129,16 +130,19 @@ def _one_less(plan: MemoryPlan, fixed: dict[str, int], num_layers: int) -> Memor
 
 
 def _peak_bytes(model: nn.Module, micro: tuple, plan: MemoryPlan, attention: str, operations: Operations) -> int | None:
-    """Reserved memory at the peak of one forward and backward pass; None where it does not fit."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    """Reserved memory at the peak of two forward and backward passes in a row; None where they do not fit.
+
+    The second finds memory as the first has left it, in pieces, like every micro-batch of a run but the first.
+    """
+    _forget()
     torch.cuda.reset_peak_memory_stats()
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     was_training = model.training
     model.train()
     try:
         with patched(model, attention=attention, fused=True, operations=operations, **asdict(plan)) as llama:
-            packed_loss_sum(llama, *micro).backward()
+            for _ in range(2):
+                packed_loss_sum(llama, *micro).backward()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_reserved()
     except torch.OutOfMemoryError:
@@ -150,6 +154,12 @@ def _peak_bytes(model: nn.Module, micro: tuple, plan: MemoryPlan, attention: str
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
+
+
+def _forget() -> None:
+    """Gives back what torch keeps reserved, so that whatever comes next finds none of it in pieces."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _table(model: nn.Module, budget_bytes: float, paged_bytes: int, num_slots: int = 0) -> str:

@@ -24,6 +24,10 @@ _DTYPES = {torch.float16: 2, torch.bfloat16: 14}
 _MOST_ALGORITHMS = 32
 
 
+class CublasLtError(RuntimeError):
+    """The library refused a call."""
+
+
 class _HeuristicResult(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t, whose first field is the opaque algorithm."""
 
@@ -81,7 +85,7 @@ def _handle(device_index: int) -> c_void_p:
 
 def _call(name: str, *arguments) -> None:
     if status := getattr(_library(), name)(*arguments):
-        raise RuntimeError(f"{name} failed with cublasStatus_t {status}")
+        raise CublasLtError(f"{name} failed with cublasStatus_t {status}")
 
 
 def fits(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> bool:
@@ -99,8 +103,8 @@ def fits(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> bool:
 class Product:
     """`x @ w` for operands of one shape, strides and dtype; see `fits`.
 
-    algorithms: what the heuristic offers for them, its favourite first; each an argument for `run`. RuntimeError where
-    the library refuses.
+    algorithms: what the heuristic offers for them, its favourite first; each an argument for `run`. CublasLtError
+    where the library refuses.
     """
 
     def __init__(self, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -206,6 +207,22 @@ def why_not(name: str, *, dtype: torch.dtype, device: torch.device) -> str | Non
         modules, command = _INSTALL[name]
         if not all(_is_installed(module) for module in modules):
             return f"its package is not installed: {command}"
+        if name in BACKENDS:
+            return _why_not_loaded(BACKENDS[name], command)
+    return None
+
+
+@cache
+def _why_not_loaded(backend: type, command: str) -> str | None:
+    """None where the backend's package can be imported, otherwise what that raises and the remedy.
+
+    A package may be there and fail: flash-attn 2 carries sources of flash_attn_4 for other versions of CUTLASS than may
+    be installed. What such an import raises is the package's affair.
+    """
+    try:
+        backend()
+    except (ImportError, AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
+        return f"its package cannot be imported ({type(error).__name__}: {error}): {command}"
     return None
 
 

@@ -1,0 +1,73 @@
+"""Products with base weights where there is no GPU, and how many shapes get an algorithm looked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from packloop.kernels import cublaslt, matmul
+from packloop.kernels.matmul import Choice, choice_for
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("by", ["auto", "torch"])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_cpu_has_torchs_product_in_the_place_given(by, transposed):
+    x, w = random(6, 8), random(10, 8).T if transposed else random(8, 10)
+    wide = torch.full((6, 13), float("nan"))
+    found = matmul.matmul(x, w, out=wide[:, :10], by=by)
+    assert found.data_ptr() == wide.data_ptr()
+    torch.testing.assert_close(found, torch.mm(x, w))
+    assert wide[:, 10:].isnan().all()
+    assert torch.equal(matmul.matmul(x, w, by=by), torch.mm(x, w))
+
+
+def test_what_no_gpu_holds_does_not_fit_the_library():
+    x = random(4, 4).bfloat16()
+    assert not cublaslt.fits(x, x, x)
+
+
+def test_a_shape_is_looked_at_once_and_so_many_at_most(monkeypatch):
+    looked_at = []
+
+    def choose(x, w, out):
+        looked_at.append(tuple(x.shape))
+        return Choice(None, object(), 0.1)
+
+    monkeypatch.setattr(matmul, "_choices", {})
+    monkeypatch.setattr(matmul, "_chosen", [])
+    monkeypatch.setattr(matmul, "_choose", choose)
+    w = random(8, 10)
+    for num_rows in [*range(1, matmul.MOST_SHAPES + 9), 1, 2]:
+        x = random(num_rows, 8)
+        found = choice_for(x, w, torch.empty(num_rows, 10))
+        assert (found.algorithm is not None) == (num_rows <= matmul.MOST_SHAPES)
+    assert looked_at == [(num_rows, 8) for num_rows in range(1, matmul.MOST_SHAPES + 1)]
+    # Other strides are another shape, for which there is no room left.
+    assert choice_for(random(8, 1).T, w, torch.empty(1, 10)).algorithm is None
+
+
+@pytest.mark.parametrize("refused", ["the product", "every algorithm"])
+def test_what_the_library_refuses_is_torchs(monkeypatch, refused):
+    """The library itself, which no CPU has, is stood in for."""
+
+    class Product:
+        algorithms = ("one", "another")
+
+        def __init__(self, *_operands):
+            if refused == "the product":
+                raise cublaslt.CublasLtError("cublasLtMatmulAlgoGetHeuristic failed with cublasStatus_t 15")
+
+        def run(self, *_arguments):
+            raise cublaslt.CublasLtError("cublasLtMatmul failed with cublasStatus_t 15")
+
+    monkeypatch.setattr(matmul, "_LEAST_FLOPS", 0.0)
+    monkeypatch.setattr(matmul, "_times_ms", lambda runs: [1.0] * len(runs))
+    monkeypatch.setattr(cublaslt, "why_not", lambda: None)
+    monkeypatch.setattr(cublaslt, "fits", lambda *_operands: True)
+    monkeypatch.setattr(cublaslt, "Product", Product)
+    x, w = random(6, 8), random(8, 10)
+    assert matmul._choose(x, w, torch.empty(6, 10)).algorithm is None
