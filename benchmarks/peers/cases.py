@@ -39,6 +39,7 @@ class Case:
 SAME_BATCH, EAGER = "ours at the peer's batch", "ours, eager"
 # Named apart from A, so that both come from the same stretch of time.
 DROPOUT, NO_DROPOUT = "ours, dropout 0.1", "ours, dropout 0"
+GATED = "ours, gated"
 CASES = {
     "tutorial-eager": Case(
         ours=f"{_QV} --batch 6",
@@ -68,13 +69,15 @@ CASES = {
         checks=(Check(DROPOUT, NO_DROPOUT, 1 / 1.03),),
     ),
     "all-linear-unsloth": Case(
-        ours=f"{_ALL} --batch 6",
+        ours=f"{_ALL} --batch 6 --gated none",
         peers={
             "unsloth": f"{_ALL} --batch 8 --no-checkpointing",
             "trl": f"{_ALL} --batch 8 {_LIGER} --no-checkpointing",
         },
         bound=1.2,
         or_of_floor=0.90,
+        extras=((GATED, "--gated quack"), (GATED, "--gated quack")),
+        checks=(Check(GATED, "B", 1.2), Check(GATED, "A")),
     ),
     "cap22-qv": Case(
         ours=f"{_QV} --batch 2 --memory-cap-gib 22",
