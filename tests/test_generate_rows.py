@@ -89,6 +89,8 @@ def test_training_rows_are_sampled_and_said_to_be_where_none_are_held_out(base, 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
 def test_a_file_of_ones_own_becomes_an_instruction_data_set(run_dir, tmp_path, ending):
     bodies = ["the tap, leaks", 'she said "hello"\nand left', "ünïcode \u2028 text"]
+    # Which texts a model without training stops at hangs on the processor's last bits: of so many, some and not all.
+    bodies += [letter * count for letter in "xyz" for count in range(1, 33)]
     file = tmp_path / f"mails.{ending}"
     rows = [{"id": str(n), "body": body} for n, body in enumerate(bodies)]
     if ending == "json":
