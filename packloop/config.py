@@ -183,6 +183,11 @@ class KernelsConfig(Section):
         description="Products with the base's weights (fused layers only). cublaslt: by the fastest of its algorithms "
         "that gives torch's bits, timed when a shape is first met; auto: that on a GPU.",
     )
+    gated: Literal["auto", "quack", "none"] = Field(
+        "auto",
+        description="SwiGLU in the epilogues of the products around it (fused layers over an NF4 base only). auto: "
+        "quack on a Hopper GPU where quack-kernels is installed.",
+    )
     cross_entropy: Implementation = Field(
         "auto", description="Loss and gradient of a chunk of logits; the chunks, of either kind of layer, stay."
     )

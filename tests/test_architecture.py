@@ -33,6 +33,7 @@ ALLOWED_PARTS = {
 KERNEL_PACKAGES = {"torch", "triton", "flash_attn"}
 KERNEL_EXCEPTIONS = {
     "document_attention.py": {"numpy"},
+    "gated.py": {"quack"},
     "nf4.py": {"bitsandbytes"},
     "patch.py": {"transformers", "peft"},
 }

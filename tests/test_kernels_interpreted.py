@@ -164,6 +164,22 @@ def test_swiglu_on_halves_of_one_buffer_over_its_inputs():
     assert torch.equal(d_hidden, view)  # the product is rebuilt bit for bit
 
 
+@interpreted
+def test_swiglu_on_every_other_column_over_its_inputs():
+    gate_up, d_hidden = random(5, 2 * 40), random(5, 40, seed=1)
+    gate, up = gate_up[:, 0::2], gate_up[:, 1::2]
+    product, expected = reference.swiglu(gate, up), reference.swiglu_backward(d_hidden, gate, up)
+    assert_near(swiglu.swiglu_forward(gate, up), product)
+    apart = swiglu.swiglu_backward(d_hidden, gate, up)
+    swiglu.swiglu_backward(d_hidden, gate, up, d_gate=gate, d_up=up, hidden_out=d_hidden)
+    for found, halved, value in zip((gate, up), apart, expected):
+        assert_near(found, value)
+        assert torch.equal(found, halved)
+    assert_near(d_hidden, product)
+    with pytest.raises(ValueError, match="adjacent features"):
+        swiglu.swiglu_forward(gate, up.contiguous())
+
+
 # NF4
 
 
@@ -181,6 +197,23 @@ def test_nf4_is_bitsandbytes_bit_for_bit(num_rows: int, num_columns: int, blocks
     buffer, view = poisoned_columns(num_rows, num_columns)
     assert torch.equal(nf4.dequantize(packed, state, out=view), expected)
     assert_only_slice_written(buffer, view)
+
+
+@interpreted
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_nf4_rows_of_a_group_one_below_the_other_or_in_turns(interleaved: bool):
+    import bitsandbytes.functional
+
+    pairs = [
+        bitsandbytes.functional.quantize_4bit(random(40, 128, seed=seed), blocksize=64, quant_type="nf4")
+        for seed in (0, 1)
+    ]
+    dense = [bitsandbytes.functional.dequantize_4bit(*pair) for pair in pairs]
+    expected = torch.stack(dense, dim=1).flatten(0, 1) if interleaved else torch.cat(dense)
+    for by in ("triton", "torch"):
+        buffer, view = poisoned_columns(80, 128)
+        assert torch.equal(nf4.Nf4Group(pairs, interleaved=interleaved).dequantize(view, by=by), expected)
+        assert_only_slice_written(buffer, view)
 
 
 # Dropout and the products with a dropped-out input

@@ -22,7 +22,17 @@ from packloop.config import KernelsConfig, load_config
 from packloop.engine import checkpoint
 from packloop.engine.loop import train
 from packloop.errors import ConfigError
-from packloop.kernels import cublaslt, document_kernels, linear_cross_entropy, nf4, reference, rms_norm, rope, swiglu
+from packloop.kernels import (
+    cublaslt,
+    document_kernels,
+    gated,
+    linear_cross_entropy,
+    nf4,
+    reference,
+    rms_norm,
+    rope,
+    swiglu,
+)
 from packloop.kernels.attention import load_backend
 from packloop.kernels.matmul import ProductLibrary, matmul
 from packloop.kernels.operations import AUTO, Operations, choose_operations
@@ -30,8 +40,8 @@ from packloop.kernels.patch import packed_loss_sum, patched
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = [field.name for field in dataclasses.fields(Operations)]
-TRITONS = [name for name in NAMES if name != "matmul"]
-FASTEST = {**dict.fromkeys(TRITONS, "triton"), "matmul": "cublaslt"}
+TRITONS = [name for name in NAMES if name not in ("matmul", "gated")]
+FASTEST = {**dict.fromkeys(TRITONS, "triton"), "matmul": "cublaslt", "gated": "quack"}
 
 
 @ordinary
@@ -41,8 +51,8 @@ def test_in_the_interpreter():
 
 
 def all_of(implementation: str, **others: str) -> Operations:
-    """Of each operation `torch`, or on `fastest` what `auto` is on a GPU."""
-    values = FASTEST if implementation == "fastest" else dict.fromkeys(NAMES, implementation)
+    """Of each operation `torch`, or on `fastest` what `auto` is on a GPU; SwiGLU by itself where not."""
+    values = FASTEST if implementation == "fastest" else {**dict.fromkeys(NAMES, implementation), "gated": "none"}
     return Operations(**{**values, **others})
 
 
@@ -50,16 +60,50 @@ def all_of(implementation: str, **others: str) -> Operations:
 def test_auto_is_the_fastest_on_a_gpu_and_torch_elsewhere(monkeypatch):
     monkeypatch.setattr(reference, "_HAS_TRITON", True)
     monkeypatch.setattr(cublaslt, "why_not", lambda: None)
+    on_hopper(monkeypatch)
     assert choose_operations(AUTO, CPU, fused=True) == all_of("torch")
     assert choose_operations(AUTO, CUDA, fused=True) == all_of("fastest")
     assert choose_operations(AUTO, CUDA, fused=False) == all_of("torch", cross_entropy="triton")
-    for name in NAMES:
+    for name in [*TRITONS, "matmul"]:
         single = choose_operations(Operations(**{name: "torch"}), CUDA, fused=True)
         assert single == all_of("fastest", **{name: "torch"})
     monkeypatch.setattr(reference, "_HAS_TRITON", False)
-    assert choose_operations(AUTO, CUDA, fused=True) == all_of("torch", matmul="cublaslt")
+    assert choose_operations(AUTO, CUDA, fused=True) == all_of("torch", matmul="cublaslt", gated="quack")
     monkeypatch.setattr(cublaslt, "why_not", lambda: "needs a torch built for CUDA")
+    on_hopper(monkeypatch, without="needs quack-kernels")
     assert choose_operations(AUTO, CUDA, fused=True) == all_of("torch")
+
+
+def on_hopper(monkeypatch, capability: tuple[int, int] = (9, 0), without: str | None = None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gated, "_why_not_installed", lambda: without)
+    monkeypatch.setattr(gated, "_why_not_usable", lambda: None)
+
+
+@ordinary
+def test_a_quack_that_cannot_run_is_refused(monkeypatch):
+    asked = Operations(gated="quack")
+    for_refusals = [
+        (CPU, (9, 0), None, "needs a CUDA GPU, the device is cpu"),
+        (CUDA, (8, 0), None, r"needs a GPU of compute capability 9.x, this one has 8\.0"),
+        (CUDA, (9, 0), "needs quack-kernels, which is not installed", "needs quack-kernels, which is not installed"),
+    ]
+    for device, capability, missing, reason in for_refusals:
+        on_hopper(monkeypatch, capability, missing)
+        with pytest.raises(ValueError, match=rf"kernels\.gated=quack: {reason}; use kernels\.gated=auto"):
+            choose_operations(asked, device, fused=True)
+        with pytest.raises(ValueError, match=f"quack {reason}"):
+            gated.library_for(torch.bfloat16, device, "quack")
+        assert gated.library_for(torch.bfloat16, device, "auto") == "none"
+    on_hopper(monkeypatch)
+    assert choose_operations(asked, CUDA, fused=True).gated == "quack"
+    assert gated.library_for(torch.bfloat16, CUDA, "auto") == "quack"
+    assert gated.library_for(torch.float32, CUDA, "auto") == "none"
+    with pytest.raises(ValueError, match="needs bfloat16 or float16, the weights are"):
+        gated.library_for(torch.float32, CUDA, "quack")
+    with pytest.raises(ValueError, match=r"kernels\.layer=stock runs Hugging Face's own code"):
+        choose_operations(asked, CUDA, fused=False)
+    assert choose_operations(Operations(gated="none"), CUDA, fused=True).gated == "none"
 
 
 @ordinary
@@ -105,8 +149,10 @@ def test_a_function_that_is_asked_for_triton_never_takes_torch_instead():
 def test_every_operation_is_a_setting_of_the_same_name_and_values():
     for name in NAMES:
         field = KernelsConfig.model_fields[name]
-        expected = ProductLibrary if name == "matmul" else reference.Implementation
-        assert get_args(field.annotation) == get_args(expected)
+        expected = get_args({"matmul": ProductLibrary, "gated": gated.GatedLibrary}.get(name, reference.Implementation))
+        if name == "gated":  # torch's is for tests
+            expected = tuple(value for value in expected if value != "torch")
+        assert get_args(field.annotation) == expected
         assert field.default == getattr(AUTO, name) == "auto"
 
 
@@ -115,7 +161,7 @@ def test_a_run_writes_what_auto_chose_and_refuses_what_cannot_run(small_base, sm
     config = small_config(small_base, small_rows, tmp_path / "run", train={"max_steps": 1})
     train(config)
     resolved = load_config(tmp_path / "run/config.resolved.yaml").kernels
-    assert {getattr(resolved, name) for name in NAMES} == {"torch"}
+    assert {name: getattr(resolved, name) for name in NAMES} == dataclasses.asdict(all_of("torch"))
     asked = small_config(small_base, small_rows, tmp_path / "other", kernels={"nf4": "triton"})
     with pytest.raises(ConfigError, match=r"kernels\.nf4=triton: needs a CUDA GPU") as caught:
         train(asked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -20,9 +20,10 @@ from packloop.engine.optim import FlatParameters
 from packloop.engine.planner.allocations import MicroBatch, Step
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.engine.planner.shape import ModelShape
-from packloop.kernels import document_attention, lora_linear, patch, reference
+from packloop.kernels import document_attention, gated, lora_linear, patch, reference
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.document_attention import BackwardTiles, Tiles
+from packloop.kernels.operations import Operations
 
 ARCHITECTURE = LlamaConfig(
     vocab_size=1024,
@@ -57,11 +58,17 @@ def without_arithmetic(monkeypatch):
     monkeypatch.setattr(
         document_attention, "_default_tiles", lambda *_: (tiles, BackwardTiles(queries=tiles, keys=tiles))
     )
+
     # On a GPU one product that sums in fp32 where it is asked to.
-    monkeypatch.setattr(lora_linear, "_wide_product", lambda left, right, total=None: total)
+    def wide_product(left, right, total=None):
+        return torch.empty(left.shape[0], right.shape[1]) if total is None else total
+
+    monkeypatch.setattr(lora_linear, "_wide_product", wide_product)
+    for name in ("gated_forward", "gated_backward"):
+        monkeypatch.setattr(gated, name, lambda *_args, **_kwargs: None)
 
 
-def real_peak(lora: LoraConfig, plan: MemoryPlan) -> tuple[int, ModelShape]:
+def real_peak(lora: LoraConfig, plan: MemoryPlan, operations: Operations) -> tuple[int, ModelShape]:
     """Bytes that one forward and backward pass has allocated at its peak, by torch's own records."""
     torch.manual_seed(0)
     base = random_model(ARCHITECTURE, quantization="nf4", device=torch.device("cpu"))
@@ -73,7 +80,8 @@ def real_peak(lora: LoraConfig, plan: MemoryPlan) -> tuple[int, ModelShape]:
     )
     ids, positions = torch.zeros(2, SLOTS // 2, dtype=torch.int64), torch.arange(SLOTS // 2).repeat(2, 1)
     index = torch.arange(SLOTS)
-    with WithoutProducts(), patch.patched(model, attention="document", fused=True, **asdict(plan)) as llama:
+    patching = patch.patched(model, attention="document", fused=True, operations=operations, **asdict(plan))
+    with WithoutProducts(), patching as llama:
         for _ in range(2):  # the first makes what stays
             with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as made:
                 patch.packed_loss_sum(llama, ids, positions, layout, index, torch.zeros_like(index)).backward()
@@ -95,11 +103,16 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+CASES = {name: (plan, "none") for name, plan in PLANS.items()}
+CASES |= {f"gated, {name}": (plan, "torch") for name, plan in PLANS.items()}
+
+
+@pytest.mark.parametrize(("plan", "by"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["q,v", "all-linear"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_predicted_peak_is_the_real_codes(without_arithmetic, plan, targets, dropout):
+def test_predicted_peak_is_the_real_codes(without_arithmetic, plan, targets, dropout, by):
     lora = LoraConfig(r=16, dropout=dropout, target_modules=targets)
-    real, shape = real_peak(lora, plan)
+    real, shape = real_peak(lora, plan, Operations(gated=by))
+    shape = replace(shape, gated=by != "none")
     predicted = Step(shape, MicroBatch(slots=SLOTS, labels=SLOTS, attention="document")).peak_bytes(plan)
     assert predicted == pytest.approx(real, rel=0.01)

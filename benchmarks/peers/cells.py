@@ -24,6 +24,7 @@ _OUR_KEYS = {
     "targets": "lora.target_modules",
     "attention": "kernels.attention",
     "layer": "kernels.layer",
+    "gated": "kernels.gated",
     "recompute_layers": "train.gradient_checkpointing",
     "cached_layers": "kernels.dequant_cache",
     "keep_inputs_layers": "kernels.keep_inputs",

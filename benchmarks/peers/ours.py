@@ -44,6 +44,7 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
             layer=arguments.layer,
             dequant_cache=arguments.cached_layers,
             keep_inputs=arguments.keep_inputs_layers,
+            gated=arguments.gated,
         ),
     )
 
@@ -119,6 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--tokenizer", required=True, help="directory")
     parser.add_argument("--attention", default="auto", help="a value of kernels.attention")
+    parser.add_argument("--gated", choices=("auto", "quack", "none"), default="auto", help="a value of kernels.gated")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--fused", dest="layer", action="store_const", const="fused", default="auto")
     kind.add_argument("--stock", dest="layer", action="store_const", const="stock")

@@ -28,6 +28,8 @@ PHASES = (FORWARD, RECOMPUTATION, BACKWARD, UPDATE)
 _PRODUCTS = {
     "aten::mm": (0, 1),
     "packloop::mm": (0, 1),
+    "packloop::gated_forward": (0, 1),
+    "packloop::gated_backward": (0, 1),
     "aten::addmm": (1, 2),
     "aten::addmm_": (1, 2),
     "aten::bmm": (0, 1),

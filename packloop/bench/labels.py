@@ -35,6 +35,7 @@ from packloop.kernels import (
     document_attention,
     extended_weight,
     flash_attention,
+    gated,
     lora_linear,
     nf4,
     patch,
@@ -131,6 +132,8 @@ def _functions() -> list[tuple[Any, str, Callable[..., Label]]]:
         (decoder_layer, "rope_", _rope),
         (patch, "apply_rope", _apply_rope),
         (patch, "rope_tables", _plain("rope_tables", classes.ROPE)),
+        (decoder_layer, "gated_group_forward", _gated_forward),
+        (decoder_layer, "gated_group_gradient_", _gated_gradient),
         (decoder_layer, "swiglu_forward", _swiglu_forward),
         (decoder_layer, "swiglu_backward", _swiglu_backward),
         (patch, "linear_cross_entropy", _head),
@@ -139,7 +142,7 @@ def _functions() -> list[tuple[Any, str, Callable[..., Label]]]:
         (batch, "to_device", _plain("to_device", classes.COPIES)),
     ]
     found += [(owner, name, describe) for owner in (decoder_layer, lora_linear) for name, describe in lora]
-    found.append((extended_weight, "lora_project", _project))
+    found += [(owner, "lora_project", _project) for owner in (extended_weight, gated)]
     backends = [attention.DifferentiatedAttention, document_attention.DocumentAttention]
     backends += list(flash_attention.BACKENDS.values())
     for backend in backends:
@@ -201,6 +204,16 @@ def _extended_forward(x_extended, weight, *_rest, **_options) -> Label:
 def _extended_input_gradient(dy_extended, weight, *_rest, **_options) -> Label:
     share = 1 - sum(weight.out_features) / dy_extended.shape[1]
     return Label("extended_input_gradient", classes.BASE_GEMM, lora_share=share)
+
+
+def _gated_forward(x_wide, weight, *_rest, **_options) -> Label:
+    share = 1 - weight.num_features / x_wide.shape[1] if hasattr(weight, "num_features") else 0.0
+    return Label("gated_forward", classes.BASE_GEMM, lora_share=share)
+
+
+def _gated_gradient(dy_wide, weight, *_rest, **_options) -> Label:
+    share = 1 - sum(weight.out_features) / dy_wide.shape[1] if hasattr(weight, "out_features") else 0.0
+    return Label("gated_backward", classes.BASE_GEMM, lora_share=share)
 
 
 def _norm_forward(residual_TH, update_TH, *_rest, **_options) -> Label:

@@ -13,6 +13,7 @@ from torch import Tensor
 from packloop.kernels import reference
 from packloop.kernels.extended_weight import ExtendedWeight
 from packloop.kernels.lora_linear import Lora, LoraGroup
+from packloop.kernels.reference import member_slices
 
 try:
     import triton
@@ -51,28 +52,31 @@ class AdapterCopies:
         self._table: Tensor | None = None
         self._addresses: list[int] = []
 
-    def group(self, out_features: Sequence[int], loras: Sequence[Lora | None]) -> LoraGroup:
+    def group(
+        self, out_features: Sequence[int], loras: Sequence[Lora | None], *, interleaved: bool = False
+    ) -> LoraGroup:
         """A group over these adapters (None: a member without). ValueError where their scalings or inputs differ."""
+        all_columns = member_slices(out_features, interleaved)
         present = [lora for lora in loras if lora is not None]
         if not present:
-            return LoraGroup(tuple(out_features), None, (None,) * len(out_features), 1.0)
+            none = (None,) * len(out_features)
+            return LoraGroup(tuple(out_features), None, none, 1.0, interleaved=interleaved)
         if len({(lora.scaling, lora.a_rH.shape[1]) for lora in present}) > 1:
             raise ValueError("adapters on layers that share an input need one scaling (lora.alpha / lora.r) for all")
         num_ranks = sum(lora.a_rH.shape[0] for lora in present)
         a_RH = torch.empty(num_ranks, present[0].a_rH.shape[1], dtype=self._dtype, device=self._device)
         b_OR = torch.zeros(sum(out_features), num_ranks, dtype=self._dtype, device=self._device)
         b_Or: list[Tensor | None] = []
-        rank = output = 0
-        for num_outputs, lora in zip(out_features, loras, strict=True):
+        rank = 0
+        for columns, lora in zip(all_columns, loras, strict=True):
             block = None
             if lora is not None:
                 ranks = slice(rank, rank + lora.a_rH.shape[0])
-                block = b_OR[output : output + num_outputs, ranks]
+                block = b_OR[columns, ranks]
                 self._copies += [(a_RH[ranks], lora.a_rH), (block, lora.b_Or)]
                 rank = ranks.stop
             b_Or.append(block)
-            output += num_outputs
-        return LoraGroup(tuple(out_features), a_RH, tuple(b_Or), present[0].scaling, b_OR)
+        return LoraGroup(tuple(out_features), a_RH, tuple(b_Or), present[0].scaling, b_OR, interleaved)
 
     def follow(self, weight: ExtendedWeight, group: LoraGroup, loras: Sequence[Lora | None]) -> None:
         """Refreshes the adapters that lie in a kept weight's buffer as well."""

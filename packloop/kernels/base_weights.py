@@ -19,11 +19,17 @@ from packloop.kernels.reference import Implementation
 _RANK_ALIGNMENT = 8
 
 
+def can_interleave(members: Sequence[Tensor], num_ranks: int) -> bool:
+    """Whether one buffer holds all of the group's product, so that its rows may lie in any order."""
+    return all(hasattr(weight, "quant_state") for weight in members) and num_ranks % _RANK_ALIGNMENT == 0
+
+
 class GroupWeights:
     """The base weights of linear layers that share an input, called for what the group's products take.
 
-    NF4 members are dequantised into the rows of one new buffer, so that the group is one product; the adapters lie
-    beside them in it (`extends`, an `ExtendedWeight`). Dense members are returned as they are, one product each.
+    NF4 members are dequantised into the rows of one new buffer, in the order of the group's outputs (`interleaved`), so
+    that the group is one product; the adapters lie beside them in it (`extends`, an `ExtendedWeight`). Dense members
+    are returned as they are, one product each.
     `keep()` stores the buffer, so that later calls cost nothing: same values, same results. nf4: who dequantises.
     """
 
@@ -33,9 +39,11 @@ class GroupWeights:
         is_nf4 = [hasattr(weight, "quant_state") for weight in members]
         if any(is_nf4) != all(is_nf4):
             raise ValueError("a group of linear layers is either all NF4 or all dense; this one is mixed")
+        if group.interleaved and not can_interleave(members, sum(0 if b is None else b.shape[1] for b in group.b_Or)):
+            raise ValueError("only NF4 weights interleave, with adapters that lie beside them")
         self._members, self._group, self._dtype, self._by = list(members), group, dtype, nf4
         self.is_quantised = is_nf4[0]
-        self._nf4 = Nf4Group(members) if self.is_quantised else None
+        self._nf4 = Nf4Group(members, interleaved=group.interleaved) if self.is_quantised else None
         num_ranks = 0 if group.a_RH is None else group.a_RH.shape[0]
         self.extends = self.is_quantised and num_ranks > 0 and num_ranks % _RANK_ALIGNMENT == 0
         self._num_ranks = num_ranks if self.extends else 0

@@ -9,6 +9,7 @@ What is kept for backward, a token and layer, is the layer's `keeps`:
     all       x1, q, k, v, a, x2, gate, up, and n1, n2, h where an adapter's gradient needs them
     products  the same without n1, n2, h, each rebuilt by one pass over what it was made from
     input     x1 alone: the forward runs again, and the base's weights, dequantised once, serve it and backward
+Where gate and up are interleaved (`gated`), the products around h make it in their epilogues, and it is never kept.
 
 Shapes: T slots, H hidden features, I intermediate features, O output features of a group. One tensor of gradients
 serves residual and update: they enter only as a sum.
@@ -24,7 +25,15 @@ from torch import Tensor
 
 from packloop.kernels.attention import Attention, DocumentLayout, rotates
 from packloop.kernels.base_weights import GroupWeights
-from packloop.kernels.extended_weight import ExtendedWeight, extended_group_forward, extended_input_gradient
+from packloop.kernels.extended_weight import (
+    ExtendedWeight,
+    extended_group_forward,
+    extended_input_gradient,
+    gradient_buffer,
+    new_rows,
+    with_spare_columns,
+)
+from packloop.kernels.gated import gated_group_forward, gated_group_gradient_, halves
 from packloop.kernels.lora_linear import (
     Dropout,
     LoraGroup,
@@ -90,6 +99,20 @@ class FusedLayer:
     def has_adapter(self, group: str) -> bool:
         return self.groups[group].a_RH is not None
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether gate and up are interleaved, and SwiGLU belongs to the products around it."""
+        return self.groups["gate_up"].interleaved
+
+    def gates_backward(self, batch: Batch) -> bool:
+        """Whether all of SwiGLU's gradient comes out of one product: a dropped-out adapter's share would not."""
+        rides = self.weights["down"].extends and self.dropout(batch, "down") is None
+        return self.is_gated and (rides or not self.has_adapter("down"))
+
+    def keeps_input(self, group: str) -> bool:
+        """Whether the group's input stays until backward."""
+        return self.keeps == "all" and self.has_adapter(group) and not (self.is_gated and group == "down")
+
     def spare_columns(self, group: str) -> int:
         """Columns beside the group's inputs and output gradients, for the adapters' projections."""
         return self.groups[group].a_RH.shape[0] if self.weights[group].extends else 0
@@ -105,6 +128,8 @@ def activation_bytes(layer: FusedLayer, num_slots: int) -> dict[str, int]:
     columns = outputs["qkv"] + attended + features + gate_up + ranks
     statistics = (2 + layer.num_heads) * 4  # two 1 / rms and a log-sum-exp a head, fp32
     inputs = {"qkv": features, "gate_up": features, "down": outputs["gate_up"] // 2}
+    if layer.is_gated:
+        inputs.pop("down")
     kept = sum(width + layer.spare_columns(group) for group, width in inputs.items() if layer.has_adapter(group))
     return {"products": num_slots * (columns * itemsize + statistics), "inputs": num_slots * kept * itemsize}
 
@@ -148,10 +173,6 @@ class _Weights:
         self._made.pop(group, None)
 
 
-def _buffer(like: Tensor, num_columns: int) -> Tensor:
-    return torch.empty(like.shape[0], num_columns, dtype=like.dtype, device=like.device)
-
-
 def _split_heads(layer: FusedLayer, qkv_TO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q [T, heads, D], k and v [T, kv_heads, D] in the joined buffer, its spare columns left out."""
     q_size, kv_size = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
@@ -170,7 +191,7 @@ def _attend(layer: FusedLayer, batch: Batch, qkv_TO: Tensor) -> tuple[Tensor, ob
     """(output [T, H * D], with spare columns where the backend can write beside them; what backward needs)."""
     if layer.attention_rotates:
         num_features = layer.num_heads * layer.head_dim
-        wide = _buffer(qkv_TO, num_features + layer.spare_columns("o"))
+        wide = new_rows(qkv_TO, num_features + layer.spare_columns("o"))
         out_THD = wide[:, :num_features].unflatten(1, (-1, layer.head_dim))
         _, saved = layer.attention.forward(
             *_split_heads(layer, qkv_TO), batch.layout, layer.scale, rotation=batch.rotation, out=out_THD
@@ -183,7 +204,7 @@ def _attend(layer: FusedLayer, batch: Batch, qkv_TO: Tensor) -> tuple[Tensor, ob
 
 def _attend_backward(layer: FusedLayer, batch: Batch, kept: _Activations, d_attended: Tensor) -> Tensor:
     """Gradient of the projection's output [T, O], with spare columns."""
-    d_qkv = _buffer(kept.qkv, kept.qkv.shape[1] + layer.spare_columns("qkv"))
+    d_qkv = new_rows(kept.qkv, kept.qkv.shape[1] + layer.spare_columns("qkv"))
     does_rope = layer.attention_rotates
     layer.attention.backward(
         kept.attention_saved,
@@ -202,7 +223,7 @@ def _attend_backward(layer: FusedLayer, batch: Batch, kept: _Activations, d_atte
 def _normed(layer: FusedLayer, group: str, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(residual + update, its norm as the group's input with spare columns, 1 / rms)."""
     num_features = residual.shape[1]
-    wide = _buffer(residual, num_features + layer.spare_columns(group))
+    wide = new_rows(residual, num_features + layer.spare_columns(group))
     weight_H = layer.norm1_H if group == "qkv" else layer.norm2_H
     by, normed = layer.operations.rms_norm, wide[:, :num_features]
     total, _, rstd_T = add_rms_norm_forward(residual, update, weight_H, layer.eps, normed_out=normed, by=by)
@@ -210,32 +231,40 @@ def _normed(layer: FusedLayer, group: str, residual: Tensor, update: Tensor | No
 
 
 def _gate_and_up(layer: FusedLayer, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate_up[:, : sum(layer.groups["gate_up"].out_features)].chunk(2, dim=1)
+    both = gate_up[:, : sum(layer.groups["gate_up"].out_features)]
+    return halves(both) if layer.is_gated else both.chunk(2, dim=1)
 
 
 def _forward(
     layer: FusedLayer, batch: Batch, weights: _Weights, residual: Tensor, update: Tensor | None, *, needs_output: bool
 ) -> tuple[_Activations, Tensor, Tensor | None]:
     """(what backward needs, x2, output). A recomputation needs no output and ends before the last product."""
-    keeps_inputs = layer.keeps == "all"
     kept = _Activations(x1=residual)
+
+    def keep_input(group: str, x_wide: Tensor, projected: Tensor | None) -> None:
+        """The input where backward is to have it, and the projections; None for those in its spare columns."""
+        if not layer.has_adapter(group):
+            return
+        is_kept = layer.keeps_input(group)
+        if projected is None:
+            projected = x_wide[:, x_wide.shape[1] - layer.groups[group].a_RH.shape[0] :]
+            projected = projected if is_kept else projected.clone()
+        kept.projected[group] = projected
+        if is_kept:
+            kept.inputs[group] = x_wide
 
     def linear(group: str, x_wide: Tensor, spare_columns: int = 0) -> Tensor:
         """The group's outputs, with `spare_columns` beside them."""
         weight, adapters, dropout = weights[group], layer.groups[group], layer.dropout(batch, group)
         num_outputs = sum(adapters.out_features)
-        y_wide = _buffer(x_wide, num_outputs + spare_columns)
-        out = y_wide[:, :num_outputs]
+        y_wide = new_rows(x_wide, num_outputs + spare_columns)
+        out, projected, by = y_wide[:, :num_outputs], None, layer.operations.matmul
         if isinstance(weight, ExtendedWeight) and x_wide.shape[1] > weight.num_features:
-            extended_group_forward(x_wide, weight, adapters, dropout, out=out, by=layer.operations.matmul)
-            projected = x_wide[:, weight.num_features :]
-            kept.projected[group] = projected if keeps_inputs else projected.clone()
+            extended_group_forward(x_wide, weight, adapters, dropout, out=out, by=by)
         else:
             dense = [weight.base] if isinstance(weight, ExtendedWeight) else weight
-            by = layer.operations.matmul
-            _, kept.projected[group] = lora_group_forward(x_wide, dense, adapters, dropout, out=out, by=by)
-        if keeps_inputs and layer.has_adapter(group):
-            kept.inputs[group] = x_wide
+            _, projected = lora_group_forward(x_wide, dense, adapters, dropout, out=out, by=by)
+        keep_input(group, x_wide, projected)
         return y_wide
 
     x1, n1, rstd1 = _normed(layer, "qkv", residual, update)
@@ -243,16 +272,24 @@ def _forward(
     del n1
     attended, attention_saved = _attend(layer, batch, qkv)
     x2, n2, rstd2 = _normed(layer, "gate_up", x1, linear("o", attended))
-    gate_up = linear("gate_up", n2, layer.spare_columns("gate_up"))
+    num_spare = layer.spare_columns("down") if needs_output else 0
+    if layer.is_gated:
+        adapters, dropout = layer.groups["gate_up"], layer.dropout(batch, "gate_up")
+        beside, by = (layer.spare_columns("gate_up"), num_spare), layer.operations.gated
+        gate_up, hidden = gated_group_forward(n2, weights["gate_up"], adapters, dropout, beside, by=by)
+        keep_input("gate_up", n2, None)
+    else:
+        gate_up, hidden = linear("gate_up", n2, layer.spare_columns("gate_up")), None
     del n2
     out = None
     gate, up = _gate_and_up(layer, gate_up)
+    num_features = gate.shape[1]
+    if hidden is None and (needs_output or layer.has_adapter("down")):
+        hidden = new_rows(gate, num_features + num_spare)
+        swiglu_forward(gate, up, out=hidden[:, :num_features], by=layer.operations.swiglu)
     if needs_output:
-        hidden = _buffer(gate, gate.shape[1] + layer.spare_columns("down"))
-        swiglu_forward(gate, up, out=hidden[:, : gate.shape[1]], by=layer.operations.swiglu)
         out = linear("down", hidden)
     elif layer.has_adapter("down"):
-        hidden = swiglu_forward(gate, up, by=layer.operations.swiglu)
         kept.projected["down"] = lora_project(hidden, layer.groups["down"], layer.dropout(batch, "down"))
     # The function returns x2 as well: a detached alias keeps its graph node from holding itself alive.
     kept.x1, kept.x2 = x1.detach(), x2.detach()
@@ -327,16 +364,31 @@ def _backward(
         wide = kept.inputs.pop(group) if group in kept.inputs else _normed(layer, group, x, None)[1]
         return wide[:, : x.shape[1]]
 
-    d_out_wide = _with_spare_columns(d_out, layer.spare_columns("down"))
+    def gate_and_up_gradient(dy_wide: Tensor) -> Tensor | None:
+        """Gradient of gate and up, written over them; returns hidden where the adapter's gradient needs it."""
+        gate, up = _gate_and_up(layer, kept.gate_up)
+        num_features = gate.shape[1]
+        if layer.gates_backward(batch):
+            weight = weights["down"]
+            weights.drop("down")
+            both = kept.gate_up[:, : 2 * num_features]
+            return gated_group_gradient_(dy_wide, weight, both, by=layer.operations.gated)
+        d_hidden = input_gradient("down", dy_wide)
+        hidden = kept.inputs.pop("down", None)
+        rebuilt = new_rows(gate, num_features) if hidden is None and layer.has_adapter("down") else None
+        swiglu_backward(d_hidden, gate, up, d_gate=gate, d_up=up, hidden_out=rebuilt, by=layer.operations.swiglu)
+        return rebuilt if hidden is None else hidden[:, :num_features]
+
+    num_spare = layer.spare_columns("down")
+    d_out_wide = with_spare_columns(d_out, num_spare)
+    if d_out_wide is d_out and num_spare and layer.gates_backward(batch):
+        d_out_wide, part = gradient_buffer(d_out, num_spare)
+        part.copy_(d_out)
     output_gradient("down", d_out_wide)
-    d_hidden = input_gradient("down", d_out_wide)
-    gate, up = _gate_and_up(layer, kept.gate_up)
-    hidden = kept.inputs.pop("down", None)
-    rebuilt = _buffer(gate, gate.shape[1]) if hidden is None and layer.has_adapter("down") else None
-    swiglu_backward(d_hidden, gate, up, d_gate=gate, d_up=up, hidden_out=rebuilt, by=layer.operations.swiglu)
+    hidden = gate_and_up_gradient(d_out_wide)
     if layer.has_adapter("down"):
-        a_gradient("down", rebuilt if hidden is None else hidden[:, : gate.shape[1]])
-    del d_hidden, hidden, rebuilt, gate, up
+        a_gradient("down", hidden)
+    del d_out_wide, hidden
     d_gate_up, kept.gate_up = kept.gate_up, None  # the pass above has overwritten the one with the other
     output_gradient("gate_up", d_gate_up)
     d_n2 = input_gradient("gate_up", d_gate_up)
@@ -344,7 +396,7 @@ def _backward(
     if layer.has_adapter("gate_up"):
         a_gradient("gate_up", normed("gate_up", kept.x2))
     d_projected.pop("gate_up")  # it lies in the widest buffer of the layer and would keep it
-    d_x2_wide, d_x2 = _gradient_buffer(d_n2, layer.spare_columns("o"))
+    d_x2_wide, d_x2 = gradient_buffer(d_n2, layer.spare_columns("o"))
     by = layer.operations.rms_norm
     add_rms_norm_backward(d_n2, d_out, kept.x2, layer.norm2_H, kept.rstd2, d_residual=d_x2, by=by)
 
@@ -360,26 +412,9 @@ def _backward(
     if needs_dx:
         d_n1 = input_gradient("qkv", d_qkv)
         # The layer before has this gradient as its output's, whose product takes spare columns too.
-        _, d_x1 = _gradient_buffer(d_n1, layer.spare_columns("down"))
+        _, d_x1 = gradient_buffer(d_n1, layer.spare_columns("down"))
         add_rms_norm_backward(d_n1, d_x2, kept.x1, layer.norm1_H, kept.rstd1, d_residual=d_x1, by=by)
     return d_x1, gradients.for_autograd
-
-
-def _gradient_buffer(dx: Tensor, num_spare: int) -> tuple[Tensor, Tensor]:
-    """(a buffer with spare columns, its part shaped like dx); dx itself where none are needed."""
-    if num_spare == 0:
-        return dx, dx
-    wide = _buffer(dx, dx.shape[1] + num_spare)
-    return wide, wide[:, : dx.shape[1]]
-
-
-def _with_spare_columns(gradient: Tensor, num_spare: int) -> Tensor:
-    """The buffer that `_gradient_buffer` made for this gradient, found again behind autograd; else the gradient."""
-    wide = gradient._base
-    if num_spare and wide is not None and wide.shape == (gradient.shape[0], gradient.shape[1] + num_spare):
-        same_place = wide.data_ptr() == gradient.data_ptr() and wide.stride() == gradient.stride()
-        return wide if same_place else gradient
-    return gradient
 
 
 class _DecoderLayer(torch.autograd.Function):

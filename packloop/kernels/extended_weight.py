@@ -61,3 +61,25 @@ def extended_group_forward(
 def extended_input_gradient(dy_extended: Tensor, weight: ExtendedWeight, *, by: ProductLibrary = "auto") -> Tensor:
     """dx [T, H] of a group without dropout, in one product. `dy_extended` [T, O + R]: dy beside d_projected."""
     return matmul(dy_extended, weight.buffer[:, : weight.num_features], by=by)
+
+
+def new_rows(like: Tensor, num_columns: int) -> Tensor:
+    """An empty tensor with as many rows, of its dtype and on its device."""
+    return torch.empty(like.shape[0], num_columns, dtype=like.dtype, device=like.device)
+
+
+def gradient_buffer(dx: Tensor, num_spare: int) -> tuple[Tensor, Tensor]:
+    """(a buffer with spare columns, its part shaped like dx); dx itself where none are needed."""
+    if num_spare == 0:
+        return dx, dx
+    wide = new_rows(dx, dx.shape[1] + num_spare)
+    return wide, wide[:, : dx.shape[1]]
+
+
+def with_spare_columns(gradient: Tensor, num_spare: int) -> Tensor:
+    """The buffer that `gradient_buffer` made for this gradient, found again behind autograd; else the gradient."""
+    wide = gradient._base
+    if num_spare and wide is not None and wide.shape == (gradient.shape[0], gradient.shape[1] + num_spare):
+        same_place = wide.data_ptr() == gradient.data_ptr() and wide.stride() == gradient.stride()
+        return wide if same_place else gradient
+    return gradient

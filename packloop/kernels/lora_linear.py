@@ -33,7 +33,7 @@ from packloop.kernels.dropout import (
     fits_fused_products,
 )
 from packloop.kernels.matmul import ProductLibrary, matmul
-from packloop.kernels.reference import keep_probability
+from packloop.kernels.reference import keep_probability, member_slices
 
 
 class Lora(NamedTuple):
@@ -57,7 +57,8 @@ class LoraGroup:
     """A group's adapters in the compute dtype, as `adapters.AdapterCopies` makes them and keeps them up to date.
 
     `a_RH` stacks the members' A; `b_Or[i]`, a block of the block-diagonal `b_OR`, is None for a member without adapter.
-    With no adapter at all a_RH and b_OR are None.
+    With no adapter at all a_RH and b_OR are None. interleaved: output j is the member's number j modulo their count,
+    members being of one size, instead of all of the first before the second's.
     """
 
     out_features: tuple[int, ...]
@@ -65,14 +66,15 @@ class LoraGroup:
     b_Or: tuple[Tensor | None, ...]
     scaling: float
     b_OR: Tensor | None = None
+    interleaved: bool = False
 
     def members(self) -> list[tuple[slice, slice, Tensor | None]]:
         """Each member's output columns, rank columns (empty without adapter) and B."""
-        found, output, rank = [], 0, 0
-        for num_outputs, b_Or in zip(self.out_features, self.b_Or):
+        found, rank = [], 0
+        for columns, b_Or in zip(member_slices(self.out_features, self.interleaved), self.b_Or):
             num_ranks = 0 if b_Or is None else b_Or.shape[1]
-            found.append((slice(output, output + num_outputs), slice(rank, rank + num_ranks), b_Or))
-            output, rank = output + num_outputs, rank + num_ranks
+            found.append((columns, slice(rank, rank + num_ranks), b_Or))
+            rank += num_ranks
         return found
 
 
@@ -162,6 +164,15 @@ def lora_b_gradients(
         torch.empty(projected_TR.shape, dtype=projected_TR.dtype, device=projected_TR.device) if out is None else out
     )
     scale = _scale(group, dropout)
+    if group.interleaved:
+        # cuBLAS takes no columns two apart: all members at once, over the zeros of `b_OR` and to blocks left unused.
+        d_projected_TR.addmm_(dy_TO, group.b_OR, beta=0, alpha=scale)
+        db_OR = _wide_product(dy_TO.T, projected_TR)
+        for index, (columns, ranks, b_Or) in enumerate(group.members()):
+            if b_Or is not None:
+                block, total = db_OR[columns, ranks], b_gradients[index]
+                b_gradients[index] = block if total is None else total.add_(block)
+        return d_projected_TR, b_gradients
     for index, (columns, ranks, b_Or) in enumerate(group.members()):
         if b_Or is not None:
             d_projected_TR[:, ranks].addmm_(dy_TO[:, columns], b_Or, beta=0, alpha=scale)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from packloop.kernels import reference
-from packloop.kernels.reference import Implementation
+from packloop.kernels.reference import Implementation, member_slices
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -44,6 +44,7 @@ if triton is not None:
         out_ptr,
         words_per_row,
         out_stride,
+        row_step,
         WORDS_PER_SCALE: tl.constexpr,
         SCALES_PER_SCALE2: tl.constexpr,
         NESTED: tl.constexpr,
@@ -74,7 +75,7 @@ if triton is not None:
             weights = tl.arange(0, 8)
             nibbles = (packed[:, None] >> ((weights ^ 1) * 4)[None, :]) & 15
             values = tl.load(code_ptr + nibbles)  # a table of 64 bytes, through L1
-            rows = tl.load(row + 1) + words // words_per_row
+            rows = tl.load(row + 1) + words // words_per_row * row_step
             starts = rows * out_stride + (words % words_per_row) * 8
             tl.store(out_ptr + starts[:, None] + weights[None, :], values * scale[:, None], mask=inside[:, None])
 
@@ -82,11 +83,11 @@ if triton is not None:
 class Nf4Group:
     """NF4 weights [O_i, I] of one I, one below the other: dequantised together, in one launch on a GPU.
 
-    weights: `Params4bit`, or pairs of packed bytes and their `QuantState`. Raises ValueError for a type other than NF4
-    or weights that do not fit together.
+    weights: `Params4bit`, or pairs of packed bytes and their `QuantState`. interleaved: instead, the first row of each
+    before the second of any. Raises ValueError for a type other than NF4 or weights that do not fit together.
     """
 
-    def __init__(self, weights: Sequence[Params4bit | tuple[Tensor, QuantState]]):
+    def __init__(self, weights: Sequence[Params4bit | tuple[Tensor, QuantState]], *, interleaved: bool = False):
         pairs = [weight if isinstance(weight, tuple) else (weight, weight.quant_state) for weight in weights]
         self._packed = [weight.detach().reshape(-1).view(torch.uint8) for weight, _ in pairs]
         self._states = [state for _, state in pairs]
@@ -100,6 +101,8 @@ class Nf4Group:
             given = [tuple(state.shape) for state in self._states]
             raise ValueError(f"weights {given} are no group: one width and one block size are needed")
         self.shape = (sum(state.shape[0] for state in self._states), self._states[0].shape[1])
+        # Where each weight's rows lie in the group's.
+        self._rows = member_slices([state.shape[0] for state in self._states], interleaved)
         self._table: Tensor | None = None
 
     @staticmethod
@@ -117,11 +120,8 @@ class Nf4Group:
                 "needed"
             )
         if reference.serves(out, by) or self.shape[1] % _WORD_WEIGHTS:
-            row = 0
-            for packed, state in zip(self._packed, self._states):
-                part = out[row : row + state.shape[0]]
-                part.copy_(_dequantize_with_bitsandbytes(packed, state, out.dtype))
-                row += part.shape[0]
+            for packed, state, rows in zip(self._packed, self._states, self._rows):
+                out[rows].copy_(_dequantize_with_bitsandbytes(packed, state, out.dtype))
             return out
         if self._table is None:
             self._table = self._make_table().to(out.device)
@@ -133,6 +133,7 @@ class Nf4Group:
             out,
             self.shape[1] // _WORD_WEIGHTS,
             out.stride(0),
+            self._rows[0].step or 1,
             WORDS_PER_SCALE=state.blocksize // _WORD_WEIGHTS,
             SCALES_PER_SCALE2=self._outer_blocksize(state) or 1,
             NESTED=state.state2 is not None,
@@ -144,8 +145,8 @@ class Nf4Group:
 
     def _make_table(self) -> Tensor:
         """int64 [weights, 7]: words, first row; addresses of bytes, scales, the scales' own scales, code, offset."""
-        rows, first_row = [], 0
-        for packed, state in zip(self._packed, self._states):
+        rows = []
+        for packed, state, into in zip(self._packed, self._states, self._rows):
             num_words = packed.numel() // _WORD_BYTES
             if num_words > _MAX_WORDS - _BLOCK_WORDS:
                 raise ValueError(f"weight has {num_words * _WORD_WEIGHTS} elements; below 2^34 are needed")
@@ -153,8 +154,7 @@ class Nf4Group:
             nested = (0, 0, 0)
             if outer := state.state2:
                 nested = (outer.absmax.data_ptr(), outer.code.data_ptr(), state.offset.data_ptr())
-            rows.append((num_words, first_row, packed.data_ptr(), state.absmax.data_ptr(), *nested))
-            first_row += state.shape[0]
+            rows.append((num_words, into.start, packed.data_ptr(), state.absmax.data_ptr(), *nested))
         return torch.tensor(rows, dtype=torch.int64)
 
 

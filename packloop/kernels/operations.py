@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from packloop.kernels.gated import GatedLibrary, why_not_quack
 from packloop.kernels.matmul import ProductLibrary, why_not_cublaslt
 from packloop.kernels.reference import Implementation, why_not_triton
 
@@ -14,9 +15,10 @@ from packloop.kernels.reference import Implementation, why_not_triton
 class Operations:
     """`triton`, `torch`, or `auto`: whichever fits the tensors that arrive. Field names are those of the settings.
 
-    rms_norm, rope, swiglu, nf4, matmul: of the fused layers, which are handed this value. matmul has `cublaslt` in
-    `triton`'s place. cross_entropy: of the head. `torch`
-    stands for bitsandbytes' own kernel in nf4. rope=torch keeps a backend that rotates by itself from doing so.
+    rms_norm, rope, swiglu, nf4, matmul, gated: of the fused layers, which are handed this value. cross_entropy: of the
+    head. matmul has `cublaslt` in `triton`'s place. `torch` stands for bitsandbytes' own kernel in nf4. rope=torch
+    keeps a backend that rotates by itself from doing so. gated: who runs the products with SwiGLU in their epilogues;
+    `none` leaves it to swiglu.
     """
 
     rms_norm: Implementation = "auto"
@@ -24,30 +26,35 @@ class Operations:
     swiglu: Implementation = "auto"
     nf4: Implementation = "auto"
     matmul: ProductLibrary = "auto"
+    gated: GatedLibrary = "auto"
     cross_entropy: Implementation = "auto"
 
 
 AUTO = Operations()
 
 # Those that stock layers leave to Hugging Face, PEFT and bitsandbytes.
-_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul")
+_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul", "gated")
+# What is fastest, and what takes its place where that cannot run.
+_CHOICES = {"matmul": ("cublaslt", "torch"), "gated": ("quack", "none")}
 
 
 def choose_operations(requested: Operations, device: torch.device, *, fused: bool) -> Operations:
-    """The operations with every `auto` replaced: Triton or cuBLASLt where it runs on the device, PyTorch elsewhere.
+    """The operations with every `auto` replaced: Triton, cuBLASLt or quack where it runs on the device, else PyTorch.
 
-    Stock layers run none of these, so their part is `torch`. Raises ValueError where one is asked for and cannot run,
-    with the remedy.
+    Stock layers run none of these, so their part is `torch`, or `none` for gated. Raises ValueError where one is asked
+    for and cannot run, with the remedy.
     """
-    reasons = {"triton": why_not_triton(device), "cublaslt": why_not_cublaslt(device)}
+    why_not = {"triton": why_not_triton, "cublaslt": why_not_cublaslt, "quack": why_not_quack}
     chosen = {}
     for name, implementation in asdict(requested).items():
+        fastest, otherwise = _CHOICES.get(name, ("triton", "torch"))
+        if implementation not in ("auto", fastest):
+            chosen[name] = implementation
+            continue
         in_stock_code = not fused and name in _OF_FUSED_LAYERS
-        fastest = "cublaslt" if name == "matmul" else "triton"
-        reason = reasons[fastest] or ("kernels.layer=stock runs Hugging Face's own code" if in_stock_code else None)
+        reason = "kernels.layer=stock runs Hugging Face's own code" if in_stock_code else None
+        reason = why_not[fastest](device) or reason
         if implementation == fastest and reason:
             raise ValueError(f"kernels.{name}={fastest}: {reason}; use kernels.{name}=auto")
-        if implementation == "auto":
-            implementation = "torch" if reason else fastest
-        chosen[name] = implementation
+        chosen[name] = otherwise if reason else fastest
     return Operations(**chosen)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
 
 import torch
@@ -22,9 +23,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 
 from packloop.kernels.adapters import AdapterCopies
 from packloop.kernels.attention import Attention, CountedAttention, DocumentLayout, load_backend
-from packloop.kernels.base_weights import GroupWeights
+from packloop.kernels.base_weights import GroupWeights, can_interleave
 from packloop.kernels.decoder_layer import GROUPS, Batch, FusedLayer, decoder_layer
 from packloop.kernels.extended_weight import ExtendedWeight
+from packloop.kernels.gated import library_for
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
 from packloop.kernels.lora_linear import Dropout, Lora
 from packloop.kernels.operations import AUTO, Operations
@@ -246,13 +248,16 @@ def _fuse(
     layer: nn.Module, index: int, attention: Attention, adapters: AdapterCopies, keeps: str, operations: Operations
 ) -> FusedLayer:
     groups, weights, masters = {}, {}, []
+    norm = layer.input_layernorm.weight
+    operations = replace(operations, gated=library_for(norm.dtype, norm.device, operations.gated))
     for name in GROUPS:
         modules = [layer.get_submodule(member) for member in _GROUP_MEMBERS[name]]
         bases = [getattr(module, "base_layer", module) for module in modules]
         loras = [_adapter(module) for module in modules]
-        groups[name] = adapters.group([base.out_features for base in bases], loras)
-        dtype = layer.input_layernorm.weight.dtype
-        weights[name] = GroupWeights([base.weight for base in bases], groups[name], dtype, nf4=operations.nf4)
+        members = [base.weight for base in bases]
+        interleaved = name == "gate_up" and operations.gated != "none" and _interleaves(bases, loras)
+        groups[name] = adapters.group([base.out_features for base in bases], loras, interleaved=interleaved)
+        weights[name] = GroupWeights(members, groups[name], norm.dtype, nf4=operations.nf4)
         masters += [master for lora in loras if lora is not None for master in (lora.a_rH, lora.b_Or)]
     attn = layer.self_attn
     return FusedLayer(
@@ -270,6 +275,13 @@ def _fuse(
         keeps=keeps,
         operations=operations,
     )
+
+
+def _interleaves(bases: list[nn.Module], loras: list[Lora | None]) -> bool:
+    """Whether gate and up can lie in turns: in one dequantised buffer, of sizes whose rows align to 16 bytes."""
+    num_ranks = sum(lora.a_rH.shape[0] for lora in loras if lora is not None)
+    aligned = all(size % 8 == 0 for base in bases for size in (base.in_features, base.out_features))
+    return aligned and can_interleave([base.weight for base in bases], num_ranks)
 
 
 def _adapter(module: nn.Module) -> Lora | None:

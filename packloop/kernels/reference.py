@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
 from typing import Literal
 
@@ -65,6 +67,18 @@ def serves(tensor: Tensor, by: Implementation = "auto") -> bool:
     if by == "triton" and reason:
         raise ValueError(f"a Triton kernel {reason}")
     return reason is not None
+
+
+def member_slices(sizes: Sequence[int], interleaved: bool) -> list[slice]:
+    """Where the rows or columns of each member of a group lie: member after member, or in turns, one of each.
+
+    ValueError where members of several sizes are to take turns.
+    """
+    if interleaved:
+        if len(set(sizes)) > 1:
+            raise ValueError(f"members of {tuple(sizes)} rows cannot interleave: one size is needed")
+        return [slice(index, sum(sizes), len(sizes)) for index in range(len(sizes))]
+    return [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes)]
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

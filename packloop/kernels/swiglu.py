@@ -1,7 +1,8 @@
 """SwiGLU, `silu(gate) * up`, one pass forward and one backward that can rebuild the product on its way.
 
 Shapes: T tokens, I features of the MLP. gate and up are [T, I] with adjacent features; they may be the halves of one
-[T, 2I] buffer. Arithmetic is float32, rounded once. (Hugging Face also rounds silu(gate) before the product.)
+[T, 2I] buffer, or its even and its odd columns. Arithmetic is float32, rounded once. (Hugging Face also rounds
+silu(gate) before the product.)
 """
 
 from __future__ import annotations
@@ -25,14 +26,22 @@ if triton is not None:
 
     @triton.jit
     def _swiglu_forward_kernel(
-        gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, out_stride, num_features, BLOCK_I: tl.constexpr
+        gate_ptr,
+        up_ptr,
+        out_ptr,
+        gate_stride,
+        up_stride,
+        out_stride,
+        num_features,
+        STEP: tl.constexpr,
+        BLOCK_I: tl.constexpr,
     ):
         num_blocks = tl.cdiv(num_features, BLOCK_I)
         row = (tl.program_id(0) // num_blocks).to(tl.int64)
         columns = (tl.program_id(0) % num_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
         inside = columns < num_features
-        gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + row * gate_stride + columns * STEP, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + row * up_stride + columns * STEP, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_ptr + row * out_stride + columns, gate * tl.sigmoid(gate) * up, mask=inside)
 
     @triton.jit
@@ -51,6 +60,8 @@ if triton is not None:
         hidden_stride,
         num_features,
         REBUILDS_HIDDEN: tl.constexpr,
+        STEP: tl.constexpr,
+        GRADIENT_STEP: tl.constexpr,
         BLOCK_I: tl.constexpr,
     ):
         num_blocks = tl.cdiv(num_features, BLOCK_I)
@@ -58,20 +69,29 @@ if triton is not None:
         columns = (tl.program_id(0) % num_blocks) * BLOCK_I + tl.arange(0, BLOCK_I)
         inside = columns < num_features
         d_hidden = tl.load(d_hidden_ptr + row * d_hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + row * gate_stride + columns * STEP, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + row * up_stride + columns * STEP, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         # Every load of these columns precedes every store, so an output may lie over an input.
         if REBUILDS_HIDDEN:
             tl.store(hidden_ptr + row * hidden_stride + columns, gate * sigmoid * up, mask=inside)
         d_gate = d_hidden * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-        tl.store(d_gate_ptr + row * d_gate_stride + columns, d_gate, mask=inside)
-        tl.store(d_up_ptr + row * d_up_stride + columns, d_hidden * gate * sigmoid, mask=inside)
+        d_columns = columns * GRADIENT_STEP
+        tl.store(d_gate_ptr + row * d_gate_stride + d_columns, d_gate, mask=inside)
+        tl.store(d_up_ptr + row * d_up_stride + d_columns, d_hidden * gate * sigmoid, mask=inside)
+
+
+# Those that may lie in every other column, and then both of a pair do.
+_PAIRS = {"gate": "up", "up": "gate", "d_gate": "d_up", "d_up": "d_gate"}
 
 
 def _require_rows(**tensors: Tensor) -> None:
     shapes = {tuple(tensor.shape) for tensor in tensors.values()}
-    if len(shapes) != 1 or any(tensor.dim() != 2 or tensor.stride(1) != 1 for tensor in tensors.values()):
+    fits = len(shapes) == 1 and all(tensor.dim() == 2 for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        steps = {tensor.stride(-1), tensors.get(_PAIRS.get(name), tensor).stride(-1)}
+        fits = fits and (steps == {1} or (steps == {2} and name in _PAIRS))
+    if not fits:
         given = ", ".join(f"{name} {tuple(t.shape)} strides {t.stride()}" for name, t in tensors.items())
         raise ValueError(f"{given}: equal [tokens, features] with adjacent features are needed")
 
@@ -93,6 +113,7 @@ def swiglu_forward(gate_TI: Tensor, up_TI: Tensor, *, out: Tensor | None = None,
             up_TI.stride(0),
             out.stride(0),
             num_features,
+            STEP=gate_TI.stride(1),
             BLOCK_I=_BLOCK_I,
             num_warps=4,
         )
@@ -122,7 +143,8 @@ def swiglu_backward(
         both = torch.empty(num_rows, 2 * num_features, dtype=gate_TI.dtype, device=gate_TI.device)
         d_gate, d_up = both.chunk(2, dim=1)
     hidden = d_gate if hidden_out is None else hidden_out
-    _require_rows(d_hidden=d_hidden_TI, gate=gate_TI, up=up_TI, d_gate=d_gate, d_up=d_up, hidden_out=hidden)
+    checked = {} if hidden_out is None else {"hidden_out": hidden_out}
+    _require_rows(d_hidden=d_hidden_TI, gate=gate_TI, up=up_TI, d_gate=d_gate, d_up=d_up, **checked)
     if reference.serves(gate_TI, by):
         product = None if hidden_out is None else reference.swiglu(gate_TI, up_TI)
         d_gate_value, d_up_value = reference.swiglu_backward(d_hidden_TI, gate_TI, up_TI)
@@ -145,6 +167,8 @@ def swiglu_backward(
             hidden.stride(0),
             num_features,
             REBUILDS_HIDDEN=hidden_out is not None,
+            STEP=gate_TI.stride(1),
+            GRADIENT_STEP=d_gate.stride(1),
             BLOCK_I=_BLOCK_I,
             num_warps=4,
         )

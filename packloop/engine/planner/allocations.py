@@ -169,7 +169,8 @@ class Step:
         def linear(group: GroupShape, *, name: str, beside: int = 0, out_part: str = part, extended: bool) -> None:
             self._weight(events, group, is_cached)
             events.allocate(name, row * (group.num_outputs + beside), out_part)
-            if group.num_ranks and not (extended and group.extends and keeps_inputs):
+            stays = keeps_inputs and not (shape.is_gated and group is down)
+            if group.num_ranks and not (extended and group.extends and stays):
                 events.allocate(f"projected {group.name}", row * group.num_ranks, part)
             if not is_recomputed:
                 events.free(f"weight {group.name}")
@@ -188,18 +189,28 @@ class Step:
         events.allocate("x2", row * shape.hidden, "activations")
         events.allocate("rstd2", self.micro.slots * _FP32, part)
         events.free("o")
-        linear(gate_up, name="gate_up", beside=gate_up.spare, extended=True)
+        width = shape.intermediate + (0 if is_recomputed else down.spare)
+        if shape.is_gated:  # one product makes both
+            self._weight(events, gate_up, is_cached)
+            events.allocate("gate_up", row * (gate_up.num_outputs + gate_up.spare), part)
+            events.allocate("hidden", row * width)
+            if gate_up.num_ranks and not keeps_inputs:
+                events.allocate("projected gate_up", row * gate_up.num_ranks, part)
+            if not is_recomputed:
+                events.free("weight gate_up")
+        else:
+            linear(gate_up, name="gate_up", beside=gate_up.spare, extended=True)
         if not (keeps_inputs and gate_up.num_ranks):
             events.free("n2")
+        if not shape.is_gated and (down.num_ranks or not is_recomputed):
+            events.allocate("hidden", row * width, "working set" if is_recomputed else inputs_part)
         if is_recomputed:
             if down.num_ranks:
-                events.allocate("hidden", row * shape.intermediate)
                 events.allocate("projected down", row * down.num_ranks)
-                events.free("hidden")
+            events.free("hidden")
             return
-        events.allocate("hidden", row * (shape.intermediate + down.spare), inputs_part)
         linear(down, name="out", out_part="activations", extended=True)
-        if not (keeps_inputs and down.num_ranks):
+        if shape.is_gated or not (keeps_inputs and down.num_ranks):
             events.free("hidden")
         if keeps == "input":
             events.free("rstd1", "qkv", "attended", "lse", "sdpa keys", "rstd2", "gate_up")
@@ -237,13 +248,23 @@ class Step:
                 events.allocate("partial", self._partial_bytes(group))
                 events.free("partial")
 
-        output_gradient(down, has_room=down.extends and not is_last)
-        input_gradient(down, "d_hidden")
-        if down.num_ranks and not events.holds("hidden"):
+        if shape.gates_backward:
+            if is_last and down.spare:
+                events.allocate("d_out", row * (shape.hidden + down.spare))
+            self._weight(events, down, is_cached)
             events.allocate("hidden", row * shape.intermediate)
+            events.free("weight down")
+        else:
+            output_gradient(down, has_room=down.extends and not is_last)
+            input_gradient(down, "d_hidden")
+            if down.num_ranks and not events.holds("hidden"):
+                events.allocate("hidden", row * shape.intermediate)
         a_gradient(down)
         events.free("d_hidden", "hidden")
         output_gradient(gate_up, has_room=gate_up.extends)
+        if shape.is_gated and gate_up.num_ranks:
+            events.allocate("dB", gate_up.num_outputs * gate_up.num_ranks * _FP32)
+            events.free("dB")
         input_gradient(gate_up, "d_n2")
         if not gate_up.extends:
             events.free("gate_up")  # else the projections' gradients lie in its spare columns
@@ -269,7 +290,7 @@ class Step:
         events.free(*(f"weight {group.name}" for group in shape.groups))
         events.free("x2", "rstd1", "rstd2", "qkv", "attended", "lse", "sdpa keys", "d_x2", "d_attended", "d_qkv")
         events.free(*(f"{what} {group.name}" for what in ("projected", "d_projected") for group in shape.groups))
-        events.free("d_n2")
+        events.free("d_n2", "d_out")
         events.free("d_n1")
         if not is_first and not down.spare:  # d_n1 under its new owner's name
             events.allocate("gradient", row * self._gradient_width, layer=events.layer - 1)

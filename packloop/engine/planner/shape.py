@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
@@ -58,7 +58,10 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama, how its base is held, and its adapters. groups: of one layer, in the order of the forward pass."""
+    """A Llama, how its base is held, and its adapters. groups: of one layer, in the order of the forward pass.
+
+    gated: whether `kernels.gated` asks for SwiGLU in the products around it, which not every shape allows.
+    """
 
     num_layers: int
     hidden: int
@@ -73,6 +76,7 @@ class ModelShape:
     double_quant: bool
     dropout: float
     groups: tuple[GroupShape, ...]
+    gated: bool = False
 
     @classmethod
     def of(cls, architecture: LlamaConfig, model: ModelConfig, lora: LoraConfig) -> ModelShape:
@@ -118,10 +122,23 @@ class ModelShape:
 
     @classmethod
     def of_run(cls, architecture: LlamaConfig, config: RunConfig) -> ModelShape:
-        return cls.of(architecture, config.model, config.lora)
+        return replace(cls.of(architecture, config.model, config.lora), gated=config.kernels.gated == "quack")
 
     def group(self, name: str) -> GroupShape:
         return next(group for group in self.groups if group.name == name)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether gate and up are interleaved, as `kernels.patch` decides."""
+        gate_up = self.group("gate_up")
+        aligned = self.hidden % 8 == 0 and self.intermediate % 8 == 0
+        return self.gated and self.is_nf4 and aligned and gate_up.num_ranks % _RANK_ALIGNMENT == 0
+
+    @property
+    def gates_backward(self) -> bool:
+        """As `FusedLayer.gates_backward`."""
+        down = self.group("down")
+        return self.is_gated and (down.num_ranks == 0 or (down.extends and not self.dropout))
 
     @property
     def attended(self) -> int:

@@ -143,15 +143,16 @@ class TimeModel:
                 if not group.extends and needs_product:
                     self._members(work, group, passes=2)
         self._attend(work, is_backward=False)
-        if not is_recomputed or shape.group("down").num_ranks:
+        if not shape.is_gated and (not is_recomputed or shape.group("down").num_ranks):
             self._stream(work, ACTIVATION, 3 * shape.intermediate)
 
     def _backward(self, work: _Work, keeps: str, is_cached: bool) -> None:
         shape = self.shape
         rebuilds = keeps != "all"
         self._stream(work, NORMS, 2 * 4 * shape.hidden, calls=2)
-        rebuilds_product = rebuilds and shape.group("down").num_ranks > 0
-        self._stream(work, ACTIVATION, (6 if rebuilds_product else 5) * shape.intermediate)
+        rebuilds_product = (rebuilds or shape.is_gated) and shape.group("down").num_ranks > 0
+        if not shape.gates_backward:
+            self._stream(work, ACTIVATION, (6 if rebuilds_product else 5) * shape.intermediate)
         for group in shape.groups:
             if keeps != "input" or group.name == "down":  # else dequantised for the forward that ran again
                 self._dequantise(work, group, is_cached)
