@@ -181,7 +181,8 @@ class KernelsConfig(Section):
     matmul: ProductLibrary = Field(
         "auto",
         description="Products with the base's weights (fused layers only). cublaslt: by the fastest of its algorithms "
-        "that gives torch's bits, timed when a shape is first met; auto: that on a GPU.",
+        "that gives torch's bits, timed when a shape is first met; auto: that on a GPU. train.deterministic: all are "
+        "torch's.",
     )
     cross_entropy: Implementation = Field(
         "auto", description="Loss and gradient of a chunk of logits; the chunks, of either kind of layer, stay."

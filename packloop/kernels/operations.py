@@ -36,8 +36,9 @@ _OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul")
 def choose_operations(requested: Operations, device: torch.device, *, fused: bool) -> Operations:
     """The operations with every `auto` replaced: Triton or cuBLASLt where it runs on the device, PyTorch elsewhere.
 
-    Stock layers run none of these, so their part is `torch`. Raises ValueError where one is asked for and cannot run,
-    with the remedy.
+    Stock layers run none of these, so their part is `torch`; so is matmul's under deterministic algorithms, where
+    `cublaslt` may be asked for and runs torch's products. Raises ValueError where one is asked for and cannot run, with
+    the remedy.
     """
     reasons = {"triton": why_not_triton(device), "cublaslt": why_not_cublaslt(device)}
     chosen = {}
@@ -48,6 +49,7 @@ def choose_operations(requested: Operations, device: torch.device, *, fused: boo
         if implementation == fastest and reason:
             raise ValueError(f"kernels.{name}={fastest}: {reason}; use kernels.{name}=auto")
         if implementation == "auto":
-            implementation = "torch" if reason else fastest
+            is_torchs = name == "matmul" and torch.are_deterministic_algorithms_enabled()
+            implementation = "torch" if reason or is_torchs else fastest
         chosen[name] = implementation
     return Operations(**chosen)
