@@ -30,7 +30,6 @@ import torch
 from benchmarks import plan_cases
 from benchmarks.plan_cases import Case
 from packloop.bench import calibration, plan_check
-from packloop.bench.cell import is_out_of_memory
 from packloop.bench.plan_check import check_recorded
 from packloop.bench.probe import Probe, probe
 from packloop.bench.profile import trace_step
@@ -38,6 +37,7 @@ from packloop.bench.steps import synchronize
 from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import DataConfig, ModelConfig, RunConfig
 from packloop.data.loader import TrainingData, build_data
+from packloop.engine.budget import is_out_of_memory
 from packloop.engine.environment import describe_environment
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer

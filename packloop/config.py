@@ -181,7 +181,8 @@ class KernelsConfig(Section):
     matmul: ProductLibrary = Field(
         "auto",
         description="Products with the base's weights (fused layers only). cublaslt: by the fastest of its algorithms "
-        "that gives torch's bits, timed when a shape is first met; auto: that on a GPU.",
+        "that gives torch's bits, timed when a shape is first met; auto: that on a GPU. train.deterministic: all are "
+        "torch's.",
     )
     gated: Literal["auto", "quack", "none"] = Field(
         "auto",

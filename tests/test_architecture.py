@@ -37,6 +37,8 @@ KERNEL_EXCEPTIONS = {
     "nf4.py": {"bitsandbytes"},
     "patch.py": {"transformers", "peft"},
 }
+# Functions that import packages which nobody here has written, and give what these raise as a reason.
+MAY_CATCH_ALL = {"flash_attention.py": {"_why_not_loaded", "_is_installed"}}
 
 
 def imports_of(path: Path) -> dict[str, list[tuple[str, bool]]]:
@@ -112,8 +114,14 @@ def test_data_never_touches_cuda(path):
 def test_nothing_is_unpickled_and_no_error_is_swallowed(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert not {"pickle", "dill", "joblib"} & set(imports_of(path))
+    excepted = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.name in MAY_CATCH_ALL.get(path.name, ())
+        for node in ast.walk(function)
+    }
     for node in ast.walk(tree):
-        if isinstance(node, ast.ExceptHandler):
+        if isinstance(node, ast.ExceptHandler) and id(node) not in excepted:
             caught = [name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)] if node.type else [None]
             assert not {None, "Exception", "BaseException"} & set(caught), f"{path.name}:{node.lineno}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

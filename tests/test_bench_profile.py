@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from packloop.bench import profile as profiling
 from packloop.bench.breakdown import StepBreakdown, average_parts, unknown_kernels
+from packloop.bench.cell import _of_plain_step
 from packloop.bench.kernel_classes import CLASSES, is_gemm, likely_class
-from packloop.bench.labels import Label
-from packloop.bench.results import Ceilings
-from packloop.bench.trace import Work, exclusive_ms, trace_of
+from packloop.bench.labels import NORM_FORWARD, Label
+from packloop.bench.profile import busy_share, busy_share_in, profile_step, profile_steps, trace_step
+from packloop.bench.results import Ceilings, Profile
+from packloop.bench.steps import Lap
+from packloop.bench.trace import Work, exclusive_ms, read_trace, trace_of
+from packloop.errors import InputError
 
 KERNELS = {
     "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNN": "base GEMM",
@@ -238,3 +247,192 @@ def test_a_label_is_read_back_from_its_text():
     ):
         assert Label.parse(str(one)) == one
     assert Label.parse("Optimizer.step#AdamW.step") is None
+
+
+def small_step() -> StepBreakdown:
+    """A GPU's step of 2 ms: a joined product of 1 ms, a norm made again in 0.5, and a kernel of nobody's in 0.5."""
+    engine = "autograd::engine::evaluate_function: "
+    return StepBreakdown(
+        trace_of(
+            [
+                label(0, 50, what="loss"),
+                label(0, 20, what="extended_group_forward", cls="base GEMM", lora_share=0.25),
+                event("cpu_op", "aten::mm", 5, 10, **{"Input Dims": [[8, 4], [4, 2]]}),
+                *launched("nvjet", 1000, 1000, at=6),
+                event("cpu_op", engine + "LayerBackward", 100, 50, tid=2),
+                label(110, 20, tid=2, what=NORM_FORWARD, cls="norms", moved_bytes=1_000),
+                *launched("_rms_norm_kernel", 2000, 500, at=115, tid=2),
+                event("kernel", "never launched", 3000, 500, 99),
+            ]
+        )
+    )
+
+
+def times_ms(step: StepBreakdown) -> list[float]:
+    """Every time that a breakdown holds."""
+    tallies = [tally.ms for tally in (*step.kernels.values(), *step.products.values())]
+    sums = [ms for part in step.parts.values() for ms in (part.ms, part.joined_ms)]
+    totals = [*step.by_class_ms().values(), *step.by_phase_ms().values()]
+    return [step.busy_ms, step.rebuilt_ms, step.unattributed_ms, *tallies, *sums, *totals]
+
+
+def test_a_rescaled_step_has_the_same_shares_of_another_busy_time():
+    step, before = small_step(), small_step()
+    assert step.busy_ms == pytest.approx(2.0)
+    assert (step.rebuilt_ms, step.unattributed_ms) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert step.parts["forward", "LoRA"].joined_ms == pytest.approx(0.25)
+    assert step.products["aten::mm", "[8, 4] x [4, 2]"].ms == pytest.approx(1.0)
+    step.rescale(3.0)
+    assert times_ms(step) == pytest.approx([1.5 * ms for ms in times_ms(before)])
+    assert step.busy_ms == pytest.approx(3.0)
+    for key, sums in step.parts.items():
+        assert (sums.kernels, sums.flops) == (before.parts[key].kernels, before.parts[key].flops)
+        assert [*sums.moved.values()] == [*before.parts[key].moved.values()]
+    step.rescale(2.0)
+    assert times_ms(step) == pytest.approx(times_ms(before))
+
+
+def test_a_step_without_work_stays_so_when_it_is_rescaled():
+    step = StepBreakdown(trace_of([]))
+    step.rescale(3.0)
+    assert step.busy_ms == 0.0
+
+
+# As a trace without operators has them: two kernels beside each other, a copy, and what is no work of the GPU.
+KERNELS_ALONE = [
+    event("kernel", "nvjet", 1000, 4000, 99, correlation=1),
+    event("kernel", "_rope_kernel", 3000, 3000, 98, correlation=2),
+    event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 8000, 1000, 99, correlation=3),
+    event("cuda_runtime", "cudaLaunchKernel", 500, 900, correlation=1),
+    event("overhead", "Activity Buffer Request", 0, 9000),
+]
+
+
+def test_the_busy_share_of_a_step_counts_what_runs_beside_each_other_once():
+    assert busy_share_in(trace_of(KERNELS_ALONE), 10.0) == pytest.approx(0.6)
+    assert busy_share_in(trace_of(KERNELS_ALONE[::-1]), 6.0) == pytest.approx(1.0)
+    assert busy_share_in(trace_of(KERNELS_ALONE), 5.9) == 1.0  # the clocks of events and of the trace differ a little
+
+
+@pytest.mark.parametrize("events", [[], KERNELS_ALONE[3:], [event("cpu_op", "aten::mm", 0, 900)]])
+def test_a_trace_without_kernels_has_no_busy_share(events):
+    with pytest.raises(InputError, match=r"^torch\.profiler recorded no kernel of the GPU"):
+        busy_share_in(trace_of(events), 10.0)
+
+
+def lap(ms: float) -> Lap:
+    return Lap(ms, real_tokens=1, slot_tokens=1, label_tokens=1, loss=0.0)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Puts a Chrome trace of these events in place of what torch.profiler records; returns what it was asked for."""
+
+    def record(events: list[dict]) -> list[dict]:
+        asked = []
+
+        class Profiler:
+            def __init__(self, **options):
+                asked.append(options)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_error):
+                pass
+
+            def export_chrome_trace(self, path: str) -> None:
+                with open(path, "w", encoding="utf-8") as file:
+                    json.dump({"traceEvents": [{"ph": "M", "name": "process_name"}, *events]}, file)
+
+        monkeypatch.setattr(profiling, "profile", Profiler)
+        return asked
+
+    return record
+
+
+def test_the_busy_share_is_that_of_the_step_under_a_trace_of_kernels_alone(recorded):
+    asked = recorded(KERNELS_ALONE)
+    taken = []
+    assert busy_share(lambda micros: taken.append(micros) or lap(12.0), ["a window"]) == pytest.approx(0.5)
+    assert taken == [["a window"]]
+    assert asked == [{"activities": [torch.profiler.ProfilerActivity.CUDA]}]
+
+
+def test_a_recording_without_kernels_is_an_error_and_no_share_of_zero(recorded, monkeypatch, tmp_path):
+    recorded([event("cpu_op", "aten::mm", 0, 900)])
+    with pytest.raises(InputError, match="recorded no kernel of the GPU"):
+        busy_share(lambda _micros: lap(12.0), [])
+    trace_step(lambda _micros: lap(12.0), [], tmp_path / "trace.json")  # on a CPU it has none
+    assert not read_trace(tmp_path / "trace.json").is_gpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(profiling, "synchronize", lambda: None)
+    with pytest.raises(InputError, match="recorded no kernel of the GPU"):
+        trace_step(lambda _micros: lap(12.0), [], tmp_path / "trace.json")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Steps as on a GPU: `small_step` under the labelled trace, which slows it to 20 ms, and three quarters busy."""
+    monkeypatch.setattr(profiling, "trace_step", lambda step, micros, _path: (step(micros) and lap(20.0), small_step()))
+    monkeypatch.setattr(profiling, "busy_share", lambda step, micros: step(micros) and 0.75)
+
+
+def test_a_profile_is_the_busy_share_of_the_step_and_the_labelled_traces_classes(on_gpu):
+    taken = []
+
+    def step(micros):
+        taken.append(micros)
+        return lap(8.0)
+
+    alone, timed = profile_step(step, ["a"]), profile_step(step, ["b"], step_ms=8.0)
+    assert taken == [["a"], ["a"], ["b"], ["b"]]
+    for found, step_ms in ((alone, 20.0), (timed, 8.0)):
+        assert (found.device, found.step_ms, found.idle_share) == ("gpu", step_ms, pytest.approx(0.25))
+        assert found.busy_ms == pytest.approx(0.75 * step_ms)
+        assert sum(found.by_class_ms.values()) == sum(found.by_phase_ms.values()) == pytest.approx(found.busy_ms)
+        assert found.by_class_ms["norms"] == pytest.approx(0.25 * found.busy_ms)
+
+
+def test_each_window_is_timed_then_traced_with_labels_then_without(on_gpu, monkeypatch, tmp_path):
+    """Each timed step's own milliseconds are what its window's traces are brought to."""
+    monkeypatch.setattr(profiling, "reset_peak", lambda: None)
+    steps, num_fetched = [], 0
+
+    def step(micros):
+        steps.append(micros[0].number)
+        return lap(10.0 + len(steps))
+
+    class Stepping:
+        def __enter__(self):
+            return step
+
+        def __exit__(self, *_error):
+            pass
+
+    def next_window():
+        nonlocal num_fetched
+        num_fetched += 1
+        batch = SimpleNamespace(num_slots=96)
+        return [SimpleNamespace(number=num_fetched, layout=f"layout {num_fetched}", batch=batch)]
+
+    job = SimpleNamespace(stepping=lambda _options: Stepping(), next_window=next_window)
+    taken = profile_steps(job, {}, steps=2, warmup=1, trace=tmp_path / "trace.json")
+    assert steps == [1, 2, 3, 2, 3, 2, 3]
+    assert num_fetched == len(steps)
+    assert [one.ms for one in taken.laps] == [12.0, 13.0]
+    assert [one.ms for one in taken.traced_laps] == [20.0, 20.0]
+    assert [breakdown.busy_ms for breakdown in taken.breakdowns] == pytest.approx([9.0, 9.75])
+    assert (taken.step_ms, taken.busy_ms) == (12.5, pytest.approx(9.375))
+    assert (taken.layouts, taken.num_slots) == (["layout 2", "layout 3"], 96)
+
+
+def test_a_cells_profile_is_of_the_timed_steps():
+    """A GPU's shares of the step; a CPU's times of operators, which the profiler does not stretch."""
+    times = {"by_class_ms": {"base GEMM": 12.0, "norms": 4.0}, "by_phase_ms": {"forward": 6.0, "backward": 10.0}}
+    found = Profile(device="gpu", step_ms=20.0, busy_ms=16.0, idle_share=0.2, **times)
+    scaled = {"by_class_ms": {"base GEMM": 6.0, "norms": 2.0}, "by_phase_ms": {"forward": 3.0, "backward": 5.0}}
+    assert _of_plain_step(found, 10.0) == Profile(device="gpu", step_ms=10.0, busy_ms=8.0, idle_share=0.2, **scaled)
+    found = found.model_copy(update={"device": "cpu"})
+    assert _of_plain_step(found, 40.0) == found.model_copy(update={"step_ms": 40.0, "idle_share": 0.6})
+    assert _of_plain_step(found, 10.0) == found.model_copy(update={"step_ms": 16.0, "idle_share": 0.0})

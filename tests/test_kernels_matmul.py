@@ -25,6 +25,14 @@ def test_a_cpu_has_torchs_product_in_the_place_given(by, transposed):
     assert torch.equal(matmul.matmul(x, w, by=by), torch.mm(x, w))
 
 
+@pytest.mark.parametrize("by", ["auto", "torch"])
+def test_a_product_requires_no_gradient_whatever_its_operands_do(by):
+    x, w, out = random(6, 8).requires_grad_(), random(8, 10).requires_grad_(), torch.empty(6, 10)
+    assert not matmul.matmul(x, w, by=by).requires_grad
+    assert not matmul.matmul(x, w, out=out, by=by).requires_grad
+    assert torch.equal(out, x.detach() @ w.detach())
+
+
 def test_what_no_gpu_holds_does_not_fit_the_library():
     x = random(4, 4).bfloat16()
     assert not cublaslt.fits(x, x, x)
@@ -46,8 +54,50 @@ def test_a_shape_is_looked_at_once_and_so_many_at_most(monkeypatch):
         found = choice_for(x, w, torch.empty(num_rows, 10))
         assert (found.algorithm is not None) == (num_rows <= matmul.MOST_SHAPES)
     assert looked_at == [(num_rows, 8) for num_rows in range(1, matmul.MOST_SHAPES + 1)]
-    # Other strides are another shape, for which there is no room left.
-    assert choice_for(random(8, 1).T, w, torch.empty(1, 10)).algorithm is None
+    # Other strides, dtypes and places are another shape, for which there is no room left.
+    x, out = random(1, 8), torch.empty(1, 10)
+    assert choice_for(x, w, out).algorithm is not None
+    assert choice_for(random(8, 1).T, w, out).algorithm is None
+    assert choice_for(x, w.double(), out).algorithm is None
+    assert choice_for(x, w, out.double()).algorithm is None
+    assert choice_for(x, w, torch.empty(2, 10)).algorithm is None
+    assert choice_for(x, w.to("meta"), out).algorithm is None
+
+
+def test_deterministic_products_are_torchs(monkeypatch):
+    monkeypatch.setattr(matmul, "_choices", {})
+    monkeypatch.setattr(matmul, "_chosen", [])
+    monkeypatch.setattr(matmul, "_choose", lambda *_operands: Choice(None, object(), 0.1))
+    x, w, out = random(6, 8), random(8, 10), torch.empty(6, 10)
+    assert choice_for(x, w, out).algorithm is not None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choice_for(x, w, out).algorithm is None
+        assert choice_for(x[:5], w, out[:5]).algorithm is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(matmul._choices) == 1
+    assert choice_for(x, w, out).algorithm is not None
+
+
+@pytest.mark.parametrize("runs", ["at the first call's address", "nowhere", "never"])
+def test_a_chosen_algorithm_runs_where_it_may_and_torch_elsewhere(monkeypatch, runs):
+    class Product:
+        def is_aligned(self, *_operands):
+            return runs != "nowhere"
+
+        def run(self, algorithm, x, w, out):
+            assert algorithm == "chosen"
+            assert runs != "nowhere"
+            if runs == "never":
+                raise cublaslt.CublasLtError("cublasLtMatmul failed with cublasStatus_t 15")
+            out.fill_(7.0)
+
+    monkeypatch.setattr(matmul, "_chosen", [matmul.Choice(Product(), "chosen", 0.1)])
+    x, w, out = random(6, 8), random(8, 10), torch.empty(6, 10)
+    matmul._run_chosen(x, w, out, 0)
+    expected = torch.full_like(out, 7.0) if runs == "at the first call's address" else torch.mm(x, w)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("refused", ["the product", "every algorithm"])

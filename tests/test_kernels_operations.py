@@ -107,6 +107,19 @@ def test_a_quack_that_cannot_run_is_refused(monkeypatch):
 
 
 @ordinary
+def test_deterministic_products_are_torchs(monkeypatch):
+    monkeypatch.setattr(reference, "_HAS_TRITON", True)
+    monkeypatch.setattr(cublaslt, "why_not", lambda: None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose_operations(AUTO, CUDA, fused=True) == all_of("fastest", matmul="torch")
+        # A resumed run's setting, which may not change.
+        assert choose_operations(Operations(matmul="cublaslt"), CUDA, fused=True).matmul == "cublaslt"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@ordinary
 def test_a_cublaslt_that_cannot_run_is_refused(monkeypatch):
     asked = Operations(matmul="cublaslt")
     with pytest.raises(ValueError, match=r"kernels\.matmul=cublaslt: needs a CUDA GPU, the device is cpu; use"):

@@ -37,7 +37,7 @@ from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import ModelConfig, RunConfig, parse_config
 from packloop.data.loader import TrainingData, build_data
 from packloop.engine.batch import to_device
-from packloop.engine.budget import check_budget
+from packloop.engine.budget import check_budget, is_out_of_memory
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_base, load_tokenizer
 from packloop.errors import InputError, OutOfMemoryError
@@ -274,12 +274,6 @@ def main(arguments: list[str] | None = None) -> None:
         fail(re.split(r"\n|\. (?=GPU|If|Of|See|Process)", str(error))[0], OUT_OF_MEMORY)
     except InputError as error:
         fail(str(error), error.exit_code)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of the GPU's memory, also where cuBLAS or a kernel's launch wanted it, or of the host's."""
-    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: ")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def fail(reason: str, exit_code: int) -> None:

@@ -17,7 +17,7 @@ from packloop.bench.breakdown import StepBreakdown
 from packloop.bench.labels import labelled
 from packloop.bench.results import Profile
 from packloop.bench.steps import Job, Lap, reset_peak, synchronize
-from packloop.bench.trace import exclusive_ms, read_trace
+from packloop.bench.trace import Trace, exclusive_ms, read_trace
 from packloop.engine.batch import Micro
 from packloop.engine.budget import GIB, settle_on_gpu
 from packloop.errors import InputError
@@ -26,6 +26,11 @@ from packloop.kernels.decoder_layer import activation_bytes
 from packloop.kernels.patch import FusedLayers, find_llama
 
 Step = Callable[[list[Micro]], Lap]
+
+_NO_KERNEL = (
+    "torch.profiler recorded no kernel of the GPU; its messages above say why, and no other profiler may be attached "
+    "to the process"
+)
 
 
 def trace_step(step: Step, micros: list[Micro], path: Path) -> tuple[Lap, StepBreakdown]:
@@ -45,10 +50,7 @@ def trace_step(step: Step, micros: list[Micro], path: Path) -> tuple[Lap, StepBr
     profiler.export_chrome_trace(str(path))
     breakdown = StepBreakdown(read_trace(path))
     if torch.cuda.is_available() and not breakdown.is_gpu:
-        raise InputError(
-            "torch.profiler recorded no kernel of the GPU; its messages above say why, and no other profiler may be "
-            "attached to the process"
-        )
+        raise InputError(_NO_KERNEL)
     return lap, breakdown
 
 
@@ -56,6 +58,7 @@ def busy_share(step: Step, micros: list[Micro]) -> float:
     """The share of one step of `Job.stepping` in which the GPU is busy, from a trace of its kernels and nothing else.
 
     Such a trace hardly slows the host, so the GPU waits, and its clock is, as in a step that nobody looks at.
+    InputError where the profiler saw no kernel.
     """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trace.json"
@@ -63,13 +66,23 @@ def busy_share(step: Step, micros: list[Micro]) -> float:
             lap = step(micros)
             synchronize()
         profiler.export_chrome_trace(str(path))
-        return min(1.0, sum(exclusive_ms(read_trace(path).work)) / lap.ms)
+        return busy_share_in(read_trace(path), lap.ms)
+
+
+def busy_share_in(trace: Trace, step_ms: float) -> float:
+    """The share of a step of `step_ms` in which a GPU is busy, kernels beside each other counted once; at most 1.
+
+    InputError where the trace holds no work of a GPU.
+    """
+    if not trace.is_gpu:
+        raise InputError(_NO_KERNEL)
+    return min(1.0, sum(exclusive_ms(trace.work)) / step_ms)
 
 
 def profile_step(step: Step, micros: list[Micro], *, step_ms: float | None = None) -> Profile:
-    """Takes a step of `Job.stepping` under the profiler, on a GPU twice, and says what its time went into.
+    """Takes a step of `Job.stepping` under the profiler with labels, on a GPU once more for its `busy_share`.
 
-    step_ms: what such a step takes without the profiler, which slows the host; without it the profiled step's own time.
+    step_ms: what such a step takes without the profiler, which slows the host; without it the labelled step's own time.
     On a GPU `busy_share` of it is busy, and divided as the labelled trace says. On a CPU the classes are those of
     operators, and idle is what they leave.
     """
@@ -92,10 +105,10 @@ def profile_step(step: Step, micros: list[Micro], *, step_ms: float | None = Non
 
 @dataclass
 class ProfiledSteps:
-    """The same windows taken twice: timed alone, then under the profiler.
+    """The same windows timed alone, then taken under the profiler with labels, and on a GPU once more for `busy_share`.
 
-    laps, traced_laps: of the two; breakdowns: of the traced; layouts: of all their micro-batches, in order. num_slots:
-    of one micro-batch.
+    laps, traced_laps: of the first two; breakdowns: of the labelled, on a GPU rescaled to the timed steps' busy time;
+    layouts: of all their micro-batches, in order. num_slots: of one micro-batch.
     """
 
     laps: list[Lap] = field(default_factory=list)
@@ -110,7 +123,7 @@ class ProfiledSteps:
 
     @property
     def step_ms(self) -> float:
-        """Mean of the timed steps on a GPU, to which the traced are rescaled; on a CPU of the traced."""
+        """Mean of the timed steps on a GPU, to which the labelled are rescaled; on a CPU of the labelled."""
         laps = self.laps if self.breakdowns[0].is_gpu else self.traced_laps
         return max(statistics.fmean(lap.ms for lap in laps), self.busy_ms)
 

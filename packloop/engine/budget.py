@@ -74,6 +74,12 @@ def limit_memory(budget_gib: float | None, paged_bytes: int = 0, device: torch.d
     return allowed_bytes
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of the GPU's memory, also where cuBLAS or a kernel's launch wanted it, or of the host's."""
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: ")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
 def grow_segments() -> None:
     """Has CUDA's allocator reserve memory in segments that grow, which keeps it close to what is in use.
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor, nn
 
-from packloop.engine.budget import GIB, limit_memory, settle_on_gpu
+from packloop.engine.budget import GIB, is_out_of_memory, limit_memory, settle_on_gpu
 from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price, choose_plan, fits_bytes, smallest_plan
 from packloop.errors import OutOfMemoryError
 from packloop.kernels.decoder_layer import FusedLayer, activation_bytes, decoder_layer
@@ -53,7 +53,8 @@ def plan_memory(
     Raises OutOfMemoryError where even the smallest plan does not fit. Gradients are left zeroed, generators as they
     were.
     """
-    budget_bytes = settle_on_gpu(budget_gib, micro[0].device)[0] * GIB
+    device = micro[0].device
+    budget_bytes = settle_on_gpu(budget_gib, device)[0] * GIB
     llama = find_llama(model)
     num_layers = len(llama.model.layers)
     smallest = smallest_plan(num_layers, fixed)
@@ -62,7 +63,8 @@ def plan_memory(
     used_bytes = _peak_bytes(model, micro, smallest, attention, operations)
     if used_bytes is None:
         raise OutOfMemoryError(_table(model, budget_bytes, paged_bytes, num_slots=micro[0].numel()))
-    costs = _measure(llama, micro, attention, operations)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        costs = _measure(llama, micro, attention, operations)
     spare_bytes = budget_bytes - paged_bytes - used_bytes
     plan = choose_plan(costs, num_layers, fixed, fits_bytes(costs, num_layers, fixed, spare_bytes)) or smallest
     while (peak := _peak_bytes(model, micro, plan, attention, operations)) is None or peak + paged_bytes > budget_bytes:
@@ -145,7 +147,9 @@ def _peak_bytes(model: nn.Module, micro: tuple, plan: MemoryPlan, attention: str
                 packed_loss_sum(llama, *micro).backward()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_reserved()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     finally:
         model.train(was_training)

@@ -39,7 +39,9 @@ def resolve_auto(
     if accelerator.is_main_process:
         if warning := check_budget(config.train.memory_budget_gib, accelerator.device):
             logger.warning(warning)
-        chosen = [_resolve(config, model, loader, accelerator.device, paged_bytes)]
+        device = accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # backends are timed on random inputs
+            chosen = [_resolve(config, model, loader, device, paged_bytes)]
     return broadcast_object_list(chosen)[0] if accelerator.num_processes > 1 else chosen[0]
 
 

@@ -10,6 +10,9 @@ Shapes: x [M, K], w [K, N], out [M, N]. x and out have adjacent columns; w has a
 from __future__ import annotations
 
 import ctypes
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from functools import cache
 
@@ -22,6 +25,8 @@ _MAX_WORKSPACE_BYTES = 1  # of cublasLtMatmulPreferenceAttributes_t
 _DTYPES = {torch.float16: 2, torch.bfloat16: 14}
 # More than the heuristic has ever been seen to offer.
 _MOST_ALGORITHMS = 32
+# Bytes: the heuristic, told nothing else, offers what may need addresses that are multiples of this.
+_MOST_ALIGNMENT = 256
 
 
 class CublasLtError(RuntimeError):
@@ -47,7 +52,7 @@ def why_not() -> str | None:
         return "needs a torch built for CUDA"
     try:
         _library()
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # no such file, or one without these functions
         return f"cannot load cuBLASLt ({error})"
     return None
 
@@ -88,12 +93,21 @@ def _call(name: str, *arguments) -> None:
         raise CublasLtError(f"{name} failed with cublasStatus_t {status}")
 
 
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes it the current one, which a handle and a stream must belong to; costs next to nothing where it is."""
+    is_current = device.index is None or device.index == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device(device)
+
+
 def fits(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> bool:
-    """Whether these are 16-bit matrices of one dtype on a GPU, laid out as the head of this file says."""
+    """Whether these are 16-bit matrices of one dtype on one GPU, shaped and laid out as the head of this file says."""
     return (
         x_MK.is_cuda
+        and x_MK.device == w_KN.device == out_MN.device
         and x_MK.dtype in _DTYPES
         and x_MK.dtype == w_KN.dtype == out_MN.dtype
+        and x_MK.shape[1] == w_KN.shape[0]
+        and out_MN.shape == (x_MK.shape[0], w_KN.shape[1])
         and x_MK.stride(1) == 1
         and out_MN.stride(1) == 1
         and 1 in w_KN.stride()
@@ -101,7 +115,7 @@ def fits(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> bool:
 
 
 class Product:
-    """`x @ w` for operands of one shape, strides and dtype; see `fits`.
+    """`x @ w` for operands of one shape, strides, dtype and device (see `fits`) at addresses that `is_aligned` takes.
 
     algorithms: what the heuristic offers for them, its favourite first; each an argument for `run`. CublasLtError
     where the library refuses.
@@ -109,22 +123,34 @@ class Product:
 
     def __init__(self, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor):
         (num_rows, inner), num_columns = x_MK.shape, w_KN.shape[1]
-        self._descriptor = self._layouts = None
+        self._alignment = _alignment(x_MK, w_KN, out_MN)
         self._handle = _handle(x_MK.device.index)
         self._one, self._zero = c_float(1.0), c_float(0.0)
+        owned: list[tuple[Callable, c_void_p]] = []
+        weakref.finalize(self, _destroy, owned)  # also where what follows raises
         # To the library, whose matrices have adjacent rows, the product is out^T = w^T x^T.
         is_transposed = w_KN.stride(0) == 1
-        descriptor = c_void_p()
-        _call("cublasLtMatmulDescCreate", byref(descriptor), _COMPUTE_32F, _R_32F)
-        self._descriptor = descriptor
+        self._descriptor = c_void_p()
+        _call("cublasLtMatmulDescCreate", byref(self._descriptor), _COMPUTE_32F, _R_32F)
+        owned.append((_library().cublasLtMatmulDescDestroy, self._descriptor))
         if is_transposed:
-            transposed = c_int(1)
-            _call("cublasLtMatmulDescSetAttribute", descriptor, _TRANSA, byref(transposed), ctypes.sizeof(transposed))
+            value = c_int(1)
+            _call("cublasLtMatmulDescSetAttribute", self._descriptor, _TRANSA, byref(value), ctypes.sizeof(value))
         dtype = _DTYPES[x_MK.dtype]
         w_shape = (inner, num_columns, w_KN.stride(1)) if is_transposed else (num_columns, inner, w_KN.stride(0))
         shapes = (w_shape, (inner, num_rows, x_MK.stride(0)), (num_columns, num_rows, out_MN.stride(0)))
-        self._layouts = [_layout(dtype, *shape) for shape in shapes]
-        self.algorithms = self._offered()
+        self._layouts = []
+        for rows, columns, leading in shapes:
+            layout = c_void_p()
+            _call("cublasLtMatrixLayoutCreate", byref(layout), dtype, rows, columns, leading)
+            owned.append((_library().cublasLtMatrixLayoutDestroy, layout))
+            self._layouts.append(layout)
+        with on_device(x_MK.device):
+            self.algorithms = self._offered()
+
+    def is_aligned(self, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> bool:
+        """Whether all lie at multiples of what divides the addresses this was made for, at most 256 bytes."""
+        return (x_MK.data_ptr() | w_KN.data_ptr() | out_MN.data_ptr()) % self._alignment == 0
 
     def _offered(self) -> list[ctypes.Array]:
         w, x, out = self._layouts
@@ -142,36 +168,41 @@ class Product:
         return [result.algorithm for result in results[: count.value] if result.state == 0]
 
     def run(self, algorithm: ctypes.Array, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> None:
-        """out = x @ w on the current stream, for operands like those that this was made for."""
+        """out = x @ w on their device's current stream, for operands like those that this was made for.
+
+        CublasLtError where the library refuses the algorithm.
+        """
         w, x, out = self._layouts
-        _call(
-            "cublasLtMatmul",
-            self._handle,
-            self._descriptor,
-            byref(self._one),
-            w_KN.data_ptr(),
-            w,
-            x_MK.data_ptr(),
-            x,
-            byref(self._zero),
-            out_MN.data_ptr(),
-            out,
-            out_MN.data_ptr(),
-            out,
-            byref(algorithm),
-            None,
-            0,
-            torch.cuda.current_stream(x_MK.device).cuda_stream,
-        )
-
-    def __del__(self):
-        for layout in self._layouts or ():
-            _library().cublasLtMatrixLayoutDestroy(layout)
-        if self._descriptor is not None:
-            _library().cublasLtMatmulDescDestroy(self._descriptor)
+        with on_device(x_MK.device):
+            _call(
+                "cublasLtMatmul",
+                self._handle,
+                self._descriptor,
+                byref(self._one),
+                w_KN.data_ptr(),
+                w,
+                x_MK.data_ptr(),
+                x,
+                byref(self._zero),
+                out_MN.data_ptr(),
+                out,
+                out_MN.data_ptr(),
+                out,
+                byref(algorithm),
+                None,
+                0,
+                torch.cuda.current_stream(x_MK.device).cuda_stream,
+            )
 
 
-def _layout(dtype: int, rows: int, columns: int, leading: int) -> c_void_p:
-    layout = c_void_p()
-    _call("cublasLtMatrixLayoutCreate", byref(layout), dtype, rows, columns, leading)
-    return layout
+def _destroy(owned: list[tuple[Callable, c_void_p]]) -> None:
+    for destroy, pointer in reversed(owned):
+        destroy(pointer)
+
+
+def _alignment(*operands: Tensor) -> int:
+    """The largest power of two, up to `_MOST_ALIGNMENT`, that divides all their addresses."""
+    bits = _MOST_ALIGNMENT
+    for operand in operands:
+        bits |= operand.data_ptr()
+    return bits & -bits

@@ -217,19 +217,21 @@ def _why_not_loaded(backend: type, command: str) -> str | None:
     """None where the backend's package can be imported, otherwise what that raises and the remedy.
 
     A package may be there and fail: flash-attn 2 carries sources of flash_attn_4 for other versions of CUTLASS than may
-    be installed. What such an import raises is the package's affair.
+    be installed. What such an import raises is the package's affair, and may be anything.
     """
     try:
         backend()
-    except (ImportError, AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
-        return f"its package cannot be imported ({type(error).__name__}: {error}): {command}"
+    except Exception as error:
+        raised = ": ".join(filter(None, (type(error).__name__, str(error))))
+        return f"its package cannot be imported ({raised}): {command}"
     return None
 
 
 def _is_installed(module: str) -> bool:
+    """Whether the module is there. To look imports the package around it, which is there though it raise something."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-    except (ImportError, AttributeError, OSError, RuntimeError):  # of a parent; `_why_not_loaded` says what it raises
+    except ModuleNotFoundError as error:
+        return not f"{module}.".startswith(f"{error.name}.")  # of another's absence it is the package that complains
+    except Exception:  # `_why_not_loaded` says what
         return True

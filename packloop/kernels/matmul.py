@@ -4,6 +4,10 @@ torch takes the algorithm that a heuristic names, which knows nothing of the pow
 into. Here every algorithm on offer that gives torch's bits is timed, once for each shape, on the operands of the first
 call, after the GPU has been kept at work for a while. The operator `packloop::mm` shows in profiles what ran.
 
+Bits are compared on those operands and nowhere else: all rows of a result below 16 MiB, of a larger one every n-th,
+which come to about 8 MiB. That other rows and later operands give torch's bits too is inferred, not checked, so under
+`torch.use_deterministic_algorithms` every product is torch's.
+
 Shapes: x [M, K], w [K, N], out [M, N], as in `cublaslt`.
 """
 
@@ -61,11 +65,12 @@ def why_not_cublaslt(device: torch.device) -> str | None:
     return cublaslt.why_not()
 
 
+@torch.no_grad()
 def matmul(x_MK: Tensor, w_KN: Tensor, *, out: Tensor | None = None, by: ProductLibrary = "auto") -> Tensor:
-    """`x @ w` without autograd, into `out` when given; torch's bits, whoever computes them.
+    """`x @ w` outside autograd, into `out` when given; torch's bits as far as they are compared.
 
-    The first call of a shape on a GPU times the algorithms, about half a second. `by="torch"` does not. Raises
-    ValueError where `by="cublaslt"` cannot run.
+    The first call of a shape on a GPU times the algorithms, about half a second. `by="torch"` does not, nor does any
+    call under deterministic algorithms. Raises ValueError where `by="cublaslt"` cannot run.
     """
     if by == "cublaslt" and (reason := why_not_cublaslt(x_MK.device)):
         raise ValueError(f"cublaslt {reason}")
@@ -86,8 +91,11 @@ def choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
 
 
 def _choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> tuple[Choice, int]:
-    strides = x_MK.stride(), w_KN.stride(), out_MN.stride()
-    key = (x_MK.device.index, x_MK.dtype, x_MK.shape, w_KN.shape, *strides)
+    if torch.are_deterministic_algorithms_enabled():
+        return _TORCH, -1
+    x_key = x_MK.device, x_MK.dtype, x_MK.shape, x_MK.stride()
+    w_key = w_KN.device, w_KN.dtype, w_KN.shape, w_KN.stride()
+    key = (*x_key, *w_key, out_MN.device, out_MN.dtype, out_MN.shape, out_MN.stride())
     if (known := _choices.get(key)) is not None:
         return known
     if len(_choices) >= MOST_SHAPES:
@@ -102,6 +110,11 @@ def _choose(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
     flops = 2.0 * x_MK.shape[0] * x_MK.shape[1] * w_KN.shape[1]
     if flops < _LEAST_FLOPS or cublaslt.why_not() or not cublaslt.fits(x_MK, w_KN, out_MN):
         return _TORCH
+    with cublaslt.on_device(x_MK.device):
+        return _fastest(x_MK, w_KN, out_MN)
+
+
+def _fastest(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
     shapes = f"{tuple(x_MK.shape)} x {tuple(w_KN.shape)}"
     try:
         product = cublaslt.Product(x_MK, w_KN, out_MN)
@@ -132,7 +145,7 @@ def _choose(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
 
 
 def _times_ms(runs: list[Callable[[], object]]) -> list[float]:
-    """Of each, the median of rounds in which all take turns."""
+    """Of each, the median of rounds in which all take turns on the current device."""
     started = time.perf_counter()
     while time.perf_counter() - started < _WARM_UP_S:
         for run in runs:
@@ -153,11 +166,14 @@ def _times_ms(runs: list[Callable[[], object]]) -> list[float]:
 
 
 def _run_chosen(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, number: int) -> None:
-    choice = _chosen[number]
-    try:
-        choice.product.run(choice.algorithm, x_MK, w_KN, out_MN)
-    except cublaslt.CublasLtError:  # of operands like those of the first call, but at an address that it cannot take
-        torch.mm(x_MK, w_KN, out=out_MN)
+    product, algorithm = _chosen[number].product, _chosen[number].algorithm
+    if product.is_aligned(x_MK, w_KN, out_MN):
+        try:
+            product.run(algorithm, x_MK, w_KN, out_MN)
+            return
+        except cublaslt.CublasLtError as error:
+            logger.debug("kernels.matmul: by torch this time: %s", error)
+    torch.mm(x_MK, w_KN, out=out_MN)
 
 
 _LIBRARY = torch.library.Library("packloop", "FRAGMENT")

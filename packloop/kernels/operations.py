@@ -41,8 +41,9 @@ _CHOICES = {"matmul": ("cublaslt", "torch"), "gated": ("quack", "none")}
 def choose_operations(requested: Operations, device: torch.device, *, fused: bool) -> Operations:
     """The operations with every `auto` replaced: Triton, cuBLASLt or quack where it runs on the device, else PyTorch.
 
-    Stock layers run none of these, so their part is `torch`, or `none` for gated. Raises ValueError where one is asked
-    for and cannot run, with the remedy.
+    Stock layers run none of these, so their part is `torch`, or `none` for gated; so is matmul's under deterministic
+    algorithms, where `cublaslt` may be asked for and runs torch's products. Raises ValueError where one is asked for
+    and cannot run, with the remedy.
     """
     why_not = {"triton": why_not_triton, "cublaslt": why_not_cublaslt, "quack": why_not_quack}
     chosen = {}
@@ -56,5 +57,8 @@ def choose_operations(requested: Operations, device: torch.device, *, fused: boo
         reason = why_not[fastest](device) or reason
         if implementation == fastest and reason:
             raise ValueError(f"kernels.{name}={fastest}: {reason}; use kernels.{name}=auto")
-        chosen[name] = otherwise if reason else fastest
+        if implementation == "auto":
+            is_torchs = name == "matmul" and torch.are_deterministic_algorithms_enabled()
+            implementation = otherwise if reason or is_torchs else fastest
+        chosen[name] = implementation
     return Operations(**chosen)
