@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from typing import get_args
 
 import pytest
@@ -107,9 +108,42 @@ def test_a_quack_that_cannot_run_is_refused(monkeypatch):
 
 
 @ordinary
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise KeyError('no arch')", r"quack cannot import quack-kernels \(KeyError: 'no arch'\)"),
+        (
+            "def linear_act_mod(*_, **__): raise TypeError('_LOC')",
+            "quack needs quack-kernels and nvidia-cutlass-dsl in",
+        ),
+    ],
+    ids=["whatever its import raises", "outside site-packages"],
+)
+def test_a_quack_that_is_there_and_cannot_be_used(monkeypatch, tmp_path, source, reason):
+    (tmp_path / "quack" / "epilogue").mkdir(parents=True)
+    for package in ("quack", "quack/epilogue"):
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "quack" / "epilogue" / "library.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gated._why_not_installed.cache_clear()
+    gated._why_not_usable.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=reason):
+            gated.library_for(torch.bfloat16, CUDA, "quack")
+        assert gated.library_for(torch.bfloat16, CUDA, "auto") == "none"
+    finally:
+        gated._why_not_installed.cache_clear()
+        gated._why_not_usable.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "quack"]:
+            del sys.modules[name]
+
+
+@ordinary
 def test_deterministic_products_are_torchs(monkeypatch):
     monkeypatch.setattr(reference, "_HAS_TRITON", True)
     monkeypatch.setattr(cublaslt, "why_not", lambda: None)
+    on_hopper(monkeypatch)
     torch.use_deterministic_algorithms(True)
     try:
         assert choose_operations(AUTO, CUDA, fused=True) == all_of("fastest", matmul="torch")
@@ -122,6 +156,7 @@ def test_deterministic_products_are_torchs(monkeypatch):
 @ordinary
 def test_a_cublaslt_that_cannot_run_is_refused(monkeypatch):
     asked = Operations(matmul="cublaslt")
+    on_hopper(monkeypatch)
     with pytest.raises(ValueError, match=r"kernels\.matmul=cublaslt: needs a CUDA GPU, the device is cpu; use"):
         choose_operations(asked, CPU, fused=True)
     monkeypatch.setattr(cublaslt, "why_not", lambda: "needs a torch built for CUDA")

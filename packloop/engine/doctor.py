@@ -12,11 +12,13 @@ from rich.text import Text
 
 from packloop.engine.environment import PACKAGES, describe_environment
 from packloop.kernels.attention import choose_backend, usable_backends
+from packloop.kernels.gated import why_not_quack
 
 # Llama-2-7B's query heads, key/value heads and head dim: what `auto` is asked about.
 _HEADS = (32, 32, 128)
 _OPTIONAL = {
     "flash-attn": "optional: a faster attention on Ampere GPUs and newer",
+    "quack-kernels": "optional: SwiGLU inside the products around it, on Hopper GPUs",
     "triton": "needed by the fused layers on a GPU",
 }
 _BFLOAT16_CAPABILITY = (8, 0)
@@ -90,10 +92,11 @@ def _training(device: torch.device) -> list[tuple[str, str]]:
         optimizer = "paged_adamw_32bit of bitsandbytes: its state moves to host memory when the GPU's is short"
     else:
         optimizer = "AdamW of PyTorch, 32 bit: paging needs a GPU, and bitsandbytes' CPU path is not exact on resume"
-    fault = _nf4_fault(device)
+    fault, no_gated = _nf4_fault(device), why_not_quack(device)
     return [
         ("optimizer", optimizer),
         ("NF4 weights", f"work on {device.type}" if fault is None else f"do not work on {device.type}: {fault}"),
+        ("gated products", "can be used: kernels.gated=quack" if no_gated is None else f"no: quack {no_gated}"),
     ]
 
 
@@ -128,6 +131,8 @@ def _advice(environment: dict, device: torch.device) -> list[str]:
         advice.append("this GPU has no bfloat16 units: set model.dtype=float32, or use compute capability 8.0 or newer")
     reasons = usable_backends(is_packed=True, dtype=torch.bfloat16, device=device)
     advice += [f"{name}: {reason}" for name, reason in reasons.items() if reason and "install" in reason]
+    if (reason := why_not_quack(device)) and "install" in reason:
+        advice.append(f"kernels.gated: {reason}")
     if environment["packages"]["triton"] is None:
         advice.append("install triton, which the fused layers need: pip install triton")
     return advice

@@ -23,6 +23,7 @@ PACKAGES = (
     "safetensors",
     "huggingface_hub",
     "flash-attn",
+    "quack-kernels",
     "triton",
 )
 

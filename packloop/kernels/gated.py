@@ -41,7 +41,8 @@ class Tile(NamedTuple):
     pingpong: bool
 
 
-# Of those that quack's own tuner tries for gated products on Hopper; each new one compiles for some seconds.
+# Of those that quack's own tuner tries for gated products on Hopper, where a step is as long with the next best; each
+# compiles for some seconds.
 FORWARD_TILE = Tile(128, 192, pingpong=True)
 BACKWARD_TILE = Tile(128, 192, pingpong=True)
 
@@ -50,12 +51,10 @@ def why_not_quack(device: torch.device) -> str | None:
     """None where quack's products can run on the device, otherwise why not."""
     if device.type != "cuda":
         return f"needs a CUDA GPU, the device is {device.type}"
-    if missing := _why_not_installed():
-        return missing
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != _HOPPER:
         return f"needs a GPU of compute capability 9.x, this one has {capability[0]}.{capability[1]}"
-    return _why_not_usable()
+    return _why_not_installed() or _why_not_usable()
 
 
 @cache
@@ -71,11 +70,11 @@ def _why_not_usable() -> str | None:
         from quack.epilogue.library import linear_act_mod
 
         linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=False, has_colvec=False)
-    except (ImportError, RuntimeError) as error:  # cutlass finds no build for its CUDA
-        return f"cannot import quack-kernels ({error})"
     except TypeError:
         # Elsewhere it takes cutlass's functions for parts of its epilogues, which have no name for it to keep them by.
         return "needs quack-kernels and nvidia-cutlass-dsl in a directory called site-packages"
+    except Exception as error:  # what an import raises is the package's affair
+        return f"cannot import quack-kernels ({type(error).__name__}: {error})"
     return None
 
 
