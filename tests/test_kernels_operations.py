@@ -173,6 +173,7 @@ def test_a_cublaslt_that_cannot_run_is_refused(monkeypatch):
 @ordinary
 @pytest.mark.parametrize("name", TRITONS)
 def test_a_triton_that_cannot_run_is_refused(name: str, monkeypatch):
+    on_hopper(monkeypatch)
     asked = Operations(**{name: "triton"})
     with pytest.raises(
         ValueError, match=f"kernels.{name}=triton: needs a CUDA GPU, the device is cpu; use kernels.{name}=auto"

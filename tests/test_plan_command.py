@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from packloop.bench.plan import parse_budget
+from packloop.bench.plan import parse_budget, plan
 from packloop.cli import main
 from packloop.config import load_config
 from packloop.errors import InputError
@@ -42,6 +42,17 @@ def test_a_budget_that_leaves_cuda_nothing_is_made_smaller_and_said(monkeypatch,
     assert "budget 21.5 GiB" in out
     words = " ".join(out.split())
     assert "of the 22.0 GiB of the a10g CUDA's own context takes about 0.5, so 21.5 GiB are the budget" in words
+
+
+def test_gated_products_are_planned_for_where_they_are_asked_for():
+    def fastest(**kernels: str) -> float:
+        config = load_config(RECIPE, [f"kernels.{name}={value}" for name, value in kernels.items()])
+        found = plan(config, gpu="h200", budget="70GiB", synthetic="llama2-7b")
+        return max(one.time.tokens_per_s for one in found.best)
+
+    without = fastest()
+    assert fastest(gated="none") == without
+    assert without < fastest(gated="quack") < 1.03 * without
 
 
 def cells(out: str, row: str) -> list[str]:

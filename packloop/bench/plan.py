@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import numpy as np
@@ -26,6 +26,7 @@ from packloop.engine.planner.time import Load
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
 from packloop.kernels.flash_attention import NEEDED_CAPABILITY
+from packloop.kernels.gated import why_not_quack
 from packloop.kernels.operations import Operations
 
 _UNITS = {"": GIB, "gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
@@ -76,7 +77,7 @@ def plan(
     notes += [warning] if warning else []
     if switched := [one.name for one in fields(Operations) if getattr(config.kernels, one.name) == "torch"]:
         notes.append(f"kernels.{', '.join(switched)}=torch: predicted as if auto, which is faster and takes less")
-    shape = ModelShape.of_run(architecture, config)
+    shape = replace(ModelShape.of_run(architecture, config), gated=_is_gated(config.kernels.gated, chosen))
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
     data = build_data(config.data, tokenizer, seed=config.train.seed)
     search = Search(
@@ -91,6 +92,14 @@ def plan(
     if not best:
         raise OutOfMemoryError(_does_not_fit(search.smallest(), budget_gib))
     return Forecast(config, shape, chosen, budget_gib, _as_configured(config, search, budget_gib), best, notes)
+
+
+def _is_gated(asked: str, gpu: Gpu) -> bool:
+    """Whether quack runs the gated products; for `auto` what is installed here counts where this is the GPU at hand."""
+    if asked != "auto":
+        return asked == "quack"
+    is_at_hand = torch.cuda.is_available() and find_gpu(torch.cuda.get_device_name()) == gpu
+    return is_at_hand and why_not_quack(torch.device("cuda")) is None
 
 
 def gpu_at_hand() -> Gpu:

@@ -74,7 +74,8 @@ def check_recorded(row: dict[str, Any], config: RunConfig, gpu: Gpu) -> Check:
     """row: of `benchmarks/check_plan.py`, with what was measured; config: its case's, any `auto` still in it."""
     resolved = row["resolved"]
     train = config.train.model_copy(update={"gradient_checkpointing": resolved["recompute"]})
-    kernels = config.kernels.model_copy(update={key: resolved[key] for key in config.kernels.model_fields_set})
+    settled = {key: resolved[key] for key in config.kernels.model_fields_set} | {"gated": resolved.get("gated", "none")}
+    kernels = config.kernels.model_copy(update=settled)
     config = config.model_copy(update={"train": train, "kernels": kernels})
     shape = ModelShape.of_run(shape_config(row["case"]["shape"]), config)
     figures, documents = row["figures"], row["documents"]

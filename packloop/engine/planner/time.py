@@ -143,7 +143,9 @@ class TimeModel:
                 if not group.extends and needs_product:
                     self._members(work, group, passes=2)
         self._attend(work, is_backward=False)
-        if not shape.is_gated and (not is_recomputed or shape.group("down").num_ranks):
+        if shape.is_gated:  # what its product writes beside gate and up
+            self._stream(work, ACTIVATION, shape.intermediate)
+        elif not is_recomputed or shape.group("down").num_ranks:
             self._stream(work, ACTIVATION, 3 * shape.intermediate)
 
     def _backward(self, work: _Work, keeps: str, is_cached: bool) -> None:
@@ -151,7 +153,9 @@ class TimeModel:
         rebuilds = keeps != "all"
         self._stream(work, NORMS, 2 * 4 * shape.hidden, calls=2)
         rebuilds_product = (rebuilds or shape.is_gated) and shape.group("down").num_ranks > 0
-        if not shape.gates_backward:
+        if shape.gates_backward:  # reads gate and up, writes their gradients and hidden where a product writes d_hidden
+            self._stream(work, ACTIVATION, 4 * shape.intermediate)
+        else:
             self._stream(work, ACTIVATION, (6 if rebuilds_product else 5) * shape.intermediate)
         for group in shape.groups:
             if keeps != "input" or group.name == "down":  # else dequantised for the forward that ran again
