@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from packloop.bench import session as sessions
 from packloop.bench.cell import load_subject
 from packloop.bench.matrix import read_matrix
+from packloop.bench.report import write_report
 from packloop.bench.results import load_cell, load_cells
 from packloop.bench.run import run_matrix
 from packloop.cli import app
@@ -125,9 +126,11 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.timeout(600)
-def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped):
+def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped, tmp_path):
     matrix, output, measured_at = stopped
     assert [cell.name for cell in load_cells(output)] == ["plain"]
+    told = "- not measured yet, 2 of the matrix's 3 cells: too-long, wrong-target"
+    assert told in write_report([output], tmp_path / "begun")[0].read_text().splitlines()
     result = CliRunner().invoke(app, ["bench", "run", str(matrix), "--output", str(output)])
     assert result.exit_code == 1  # one cell failed
     assert (output / "cells" / "plain.json").stat().st_mtime_ns == measured_at
@@ -135,6 +138,7 @@ def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped):
     assert any(line.startswith("[1/3] plain: ") and line.endswith("(from before)") for line in lines)
     cells = {cell.name: cell for cell in load_cells(output)}
     assert len({cell.session for cell in cells.values()}) == 1
+    assert "not measured yet" not in write_report([output], tmp_path / "whole")[0].read_text()
 
     plain = cells["plain"]
     assert plain.status == "measured"

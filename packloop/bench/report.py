@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
+import packloop.bench.session as sessions
 from packloop.bench.cell_tables import (
     STATUS_WORDS,
     Attachments,
@@ -64,7 +66,7 @@ def write_report(
     """
     require_writable(output)
     priced = load_prices(prices, instances)
-    document = build_report(gather_cells(directories), priced, data)
+    document = build_report(gather_cells(directories), priced, data, unmeasured_cells(directories))
     output.mkdir(parents=True, exist_ok=True)
     return write_document(document, output)
 
@@ -79,16 +81,33 @@ def gather_cells(directories: Sequence[Path]) -> list[Cell]:
     return cells
 
 
-def build_report(cells: list[Cell], instances: list[Instance], data: DataSet = TUTORIAL_DATA) -> Document:
-    """The whole report, not yet written anywhere."""
+def unmeasured_cells(directories: Sequence[Path]) -> dict[str, list[str]]:
+    """Of each session that stopped before its matrix's end, the cells that it has no result of."""
+    found = {}
+    for directory in directories:
+        if (directory / "matrix.json").exists():  # what compares with other trainers has none
+            measured = {cell.name for cell in load_cells(directory)}
+            names = [cell.name for cell in sessions.load_plan(directory).cells if cell.name not in measured]
+            if names:
+                found[sessions.session_of(directory)] = names
+    return found
+
+
+def build_report(
+    cells: list[Cell],
+    instances: list[Instance],
+    data: DataSet = TUTORIAL_DATA,
+    unmeasured: Mapping[str, list[str]] = MappingProxyType({}),
+) -> Document:
+    """The whole report, not yet written anywhere. unmeasured: names of a session's cells without a result."""
     document = Document("Benchmark report")
     document.add(Paragraph(_summary(cells)), Bullets(_HOW_TO_READ))
     attachments, measured = _attachments(cells), measured_ceilings(cells)
-    sessions = {name: [cell for cell in cells if cell.session == name] for name in _sessions(cells)}
-    for session, members in sessions.items():
-        _add_session(document, session, members, attachments)
+    of_session = {name: [cell for cell in cells if cell.session == name] for name in _sessions(cells)}
+    for session, members in of_session.items():
+        _add_session(document, session, members, attachments, unmeasured.get(session, []))
     document.add(*cost_introduction(instances, data))
-    for session, members in sessions.items():
+    for session, members in of_session.items():
         document.add(*cost_blocks(session, members, instances, data, measured))
     document.add(Heading("Conditions and configuration of every row"), *attachments.values())
     return document
@@ -109,8 +128,14 @@ def _sessions(cells: list[Cell]) -> list[str]:
     return list(dict.fromkeys(cell.session for cell in cells))
 
 
-def _add_session(document: Document, session: str, cells: list[Cell], attachments: Attachments) -> None:
-    document.add(Heading(f"Session {session}"), Bullets(_shared_conditions(cells)))
+def _add_session(
+    document: Document, session: str, cells: list[Cell], attachments: Attachments, unmeasured: list[str]
+) -> None:
+    facts = _shared_conditions(cells)
+    if unmeasured:
+        count = f"{len(unmeasured)} of the matrix's {len(unmeasured) + len(cells)} cells"
+        facts.append(f"not measured yet, {count}: {', '.join(unmeasured)}")
+    document.add(Heading(f"Session {session}"), Bullets(facts))
     groups = groups_of(cells)
     for group in groups:
         document.add(_rates_picture(session, group))
