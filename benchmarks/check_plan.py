@@ -30,6 +30,7 @@ import torch
 from benchmarks import plan_cases
 from benchmarks.plan_cases import Case
 from packloop.bench import calibration, plan_check
+from packloop.bench.conditions import source_state
 from packloop.bench.plan_check import check_recorded
 from packloop.bench.probe import Probe, probe
 from packloop.bench.profile import trace_step
@@ -61,7 +62,13 @@ class Bench:
         self._tokenizer, self.pad_token_id = tokenizer, tokenizer.pad_token_id
         self._base: tuple[str, Any] | None = None
         self._data: dict[tuple, TrainingData] = {}
-        self.result: dict[str, Any] = {"environment": describe_environment(), "kinds": [], "cases": []}
+        commit = source_state()[0] or arguments.commit
+        self.result: dict[str, Any] = {
+            "environment": describe_environment(),
+            "commit": commit,
+            "kinds": [],
+            "cases": [],
+        }
         self._begun = time.perf_counter()
 
     def say(self, text: str) -> None:
@@ -125,6 +132,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", default="bundled", help="directory; default: the bundled model's")
     parser.add_argument("--shape", choices=("tiny",), help="dry run on a CPU")
     parser.add_argument("--only", action="append", default=[], help="cases whose name has this in it; may be repeated")
+    parser.add_argument("--commit", help="of the source, where git cannot tell")
     arguments = parser.parse_args()
     if arguments.output is None and arguments.compare is None:
         parser.error("--output is needed, but for --compare")
@@ -156,6 +164,7 @@ def compare(measured: Path, output: Path | None) -> int:
         written = {
             "gpu": name,
             "environment": result["environment"],
+            "commit": result.get("commit"),
             "checks": [one.values() for one in checks],
             "failed": failed,
         }

@@ -69,7 +69,7 @@ class Rates:
     # From the end of a kernel to the start of the next, and host time for each call; the host's is an x86 server's.
     gap_ms: float = 0.0025
     small_ms: float = 0.005
-    call_ms: float = 0.054
+    call_ms: float = 0.072
     step_ms: float = 3.0
 
 
