@@ -189,6 +189,11 @@ class KernelsConfig(Section):
         description="SwiGLU in the epilogues of the products around it (fused layers over an NF4 base only). auto: "
         "quack on a Hopper GPU where quack-kernels is installed.",
     )
+    adapter_products: Implementation = Field(
+        "auto",
+        description="The adapters' products with the layer's inputs and output gradients (fused layers only), those "
+        "under dropout apart, which are always Triton's on a GPU; triton leaves the few that do not pay to torch.",
+    )
     cross_entropy: Implementation = Field(
         "auto", description="Loss and gradient of a chunk of logits; the chunks, of either kind of layer, stay."
     )

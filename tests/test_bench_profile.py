@@ -37,6 +37,8 @@ KERNELS = {
     "_project_kernel": "LoRA",
     "_add_input_gradient_kernel": "LoRA",
     "_cast_many_kernel": "LoRA",
+    "adapter_product_sum_kernel": "LoRA",
+    "adapter_gradient_kernel": "LoRA",
     "_rms_norm_backward_kernel": "norms",
     "_rope_kernel": "RoPE",
     "_swiglu_forward_kernel": "activation",

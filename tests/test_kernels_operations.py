@@ -23,6 +23,7 @@ from packloop.engine import checkpoint
 from packloop.engine.loop import train
 from packloop.errors import ConfigError
 from packloop.kernels import (
+    adapter_kernels,
     cublaslt,
     document_kernels,
     gated,
@@ -211,6 +212,10 @@ KERNELS = {
     "rms_norm": (rms_norm, ["_rms_norm_forward_kernel", "_rms_norm_backward_kernel"]),
     "rope": (rope, ["_rope_kernel"]),
     "swiglu": (swiglu, ["_swiglu_forward_kernel", "_swiglu_backward_kernel"]),
+    "adapter_products": (
+        adapter_kernels,
+        ["adapter_product_kernel", "adapter_gradient_kernel", "adapter_gradient_sum_kernel"],
+    ),
     "nf4": (nf4, ["_nf4_dequantize_kernel"]),
     "cross_entropy": (linear_cross_entropy, ["_cross_entropy_kernel"]),
 }

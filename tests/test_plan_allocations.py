@@ -53,7 +53,7 @@ class WithoutProducts(TorchDispatchMode):
 def without_arithmetic(monkeypatch):
     """Host code as on a GPU, with launches that do nothing: what is allocated when does not depend on values."""
     tiles = Tiles(owned=64, streamed=32, num_warps=4, num_stages=2)
-    monkeypatch.setattr(reference, "serves", lambda tensor, by="auto": False)
+    monkeypatch.setattr(reference, "serves", lambda tensor, by="auto": by == "torch")
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(
         document_attention, "_default_tiles", lambda *_: (tiles, BackwardTiles(queries=tiles, keys=tiles))
@@ -103,16 +103,17 @@ PLANS = {
 }
 
 
-CASES = {name: (plan, "none") for name, plan in PLANS.items()}
-CASES |= {f"gated, {name}": (plan, "torch") for name, plan in PLANS.items()}
+CASES = {name: (plan, "none", "auto") for name, plan in PLANS.items()}
+CASES |= {f"gated, {name}": (plan, "torch", "auto") for name, plan in PLANS.items()}
+CASES |= {f"torch's adapters, gated {by}": (PLANS["mixed"], by, "torch") for by in ("none", "torch")}
 
 
-@pytest.mark.parametrize(("plan", "by"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("plan", "by", "products"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["q,v", "all-linear"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_predicted_peak_is_the_real_codes(without_arithmetic, plan, targets, dropout, by):
+def test_predicted_peak_is_the_real_codes(without_arithmetic, plan, targets, dropout, by, products):
     lora = LoraConfig(r=16, dropout=dropout, target_modules=targets)
-    real, shape = real_peak(lora, plan, Operations(gated=by))
-    shape = replace(shape, gated=by != "none")
+    real, shape = real_peak(lora, plan, Operations(gated=by, adapter_products=products))
+    shape = replace(shape, gated=by != "none", adapter_products=products != "torch")
     predicted = Step(shape, MicroBatch(slots=SLOTS, labels=SLOTS, attention="document")).peak_bytes(plan)
     assert predicted == pytest.approx(real, rel=0.01)

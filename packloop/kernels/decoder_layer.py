@@ -258,12 +258,13 @@ def _forward(
         weight, adapters, dropout = weights[group], layer.groups[group], layer.dropout(batch, group)
         num_outputs = sum(adapters.out_features)
         y_wide = new_rows(x_wide, num_outputs + spare_columns)
-        out, projected, by = y_wide[:, :num_outputs], None, layer.operations.matmul
+        out, projected = y_wide[:, :num_outputs], None
+        by = {"by": layer.operations.matmul, "adapters_by": layer.operations.adapter_products}
         if isinstance(weight, ExtendedWeight) and x_wide.shape[1] > weight.num_features:
-            extended_group_forward(x_wide, weight, adapters, dropout, out=out, by=by)
+            extended_group_forward(x_wide, weight, adapters, dropout, out=out, **by)
         else:
             dense = [weight.base] if isinstance(weight, ExtendedWeight) else weight
-            _, projected = lora_group_forward(x_wide, dense, adapters, dropout, out=out, by=by)
+            _, projected = lora_group_forward(x_wide, dense, adapters, dropout, out=out, **by)
         keep_input(group, x_wide, projected)
         return y_wide
 
@@ -275,8 +276,9 @@ def _forward(
     num_spare = layer.spare_columns("down") if needs_output else 0
     if layer.is_gated:
         adapters, dropout = layer.groups["gate_up"], layer.dropout(batch, "gate_up")
-        beside, by = (layer.spare_columns("gate_up"), num_spare), layer.operations.gated
-        gate_up, hidden = gated_group_forward(n2, weights["gate_up"], adapters, dropout, beside, by=by)
+        beside = layer.spare_columns("gate_up"), num_spare
+        by = {"by": layer.operations.gated, "adapters_by": layer.operations.adapter_products}
+        gate_up, hidden = gated_group_forward(n2, weights["gate_up"], adapters, dropout, beside, **by)
         keep_input("gate_up", n2, None)
     else:
         gate_up, hidden = linear("gate_up", n2, layer.spare_columns("gate_up")), None
@@ -290,7 +292,8 @@ def _forward(
     if needs_output:
         out = linear("down", hidden)
     elif layer.has_adapter("down"):
-        kept.projected["down"] = lora_project(hidden, layer.groups["down"], layer.dropout(batch, "down"))
+        by = layer.operations.adapter_products
+        kept.projected["down"] = lora_project(hidden, layer.groups["down"], layer.dropout(batch, "down"), by=by)
     # The function returns x2 as well: a detached alias keeps its graph node from holding itself alive.
     kept.x1, kept.x2 = x1.detach(), x2.detach()
     kept.qkv, kept.attended, kept.attention_saved = qkv, attended, attention_saved
@@ -343,6 +346,7 @@ def _backward(
             layer.dropout(batch, group),
             out=dy_wide[:, num_outputs:] if dy_wide.shape[1] > num_outputs else None,
             into=gradients.b[group],
+            by=layer.operations.adapter_products,
         )
 
     def input_gradient(group: str, dy_wide: Tensor) -> Tensor:
@@ -357,7 +361,8 @@ def _backward(
 
     def a_gradient(group: str, x: Tensor) -> None:
         adapters, dropout = layer.groups[group], layer.dropout(batch, group)
-        lora_a_gradient(d_projected[group], x, adapters, dropout, into=gradients.a[group])
+        by = layer.operations.adapter_products
+        lora_a_gradient(d_projected[group], x, adapters, dropout, into=gradients.a[group], by=by)
 
     def normed(group: str, x: Tensor) -> Tensor:
         """The group's input, as kept or built again."""

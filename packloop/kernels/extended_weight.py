@@ -12,6 +12,7 @@ from torch import Tensor
 
 from packloop.kernels.lora_linear import Dropout, LoraGroup, lora_project
 from packloop.kernels.matmul import ProductLibrary, matmul
+from packloop.kernels.reference import Implementation
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ def extended_group_forward(
     *,
     out: Tensor | None = None,
     by: ProductLibrary = "auto",
+    adapters_by: Implementation = "auto",
 ) -> Tensor:
     """y [T, O] in one product. `x_extended` is [T, H + R]: x, and R columns that receive `projected`."""
     x_TH, projected_TR = x_extended.split([weight.num_features, group.a_RH.shape[0]], dim=1)
-    lora_project(x_TH, group, dropout, out=projected_TR)
+    lora_project(x_TH, group, dropout, out=projected_TR, by=adapters_by)
     rows = weight.buffer[: sum(group.out_features)]
     return matmul(x_extended, rows.T, out=out, by=by)
 

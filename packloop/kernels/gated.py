@@ -25,6 +25,7 @@ from torch import Tensor
 from packloop.kernels import reference
 from packloop.kernels.extended_weight import ExtendedWeight, new_rows
 from packloop.kernels.lora_linear import Dropout, LoraGroup, lora_project
+from packloop.kernels.reference import Implementation
 
 # `torch` is no setting: it stands for the same layout without quack.
 GatedLibrary = Literal["auto", "quack", "torch", "none"]
@@ -150,6 +151,7 @@ def gated_group_forward(
     beside: tuple[int, int],
     *,
     by: Literal["quack", "torch"],
+    adapters_by: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(preact, hidden) of interleaved gate and up, each in a buffer with so many columns `beside` it.
 
@@ -158,7 +160,7 @@ def gated_group_forward(
     num_outputs = sum(adapters.out_features)
     if isinstance(weight, ExtendedWeight):
         x_TH, projected_TR = x_wide.split([weight.num_features, adapters.a_RH.shape[0]], dim=1)
-        lora_project(x_TH, adapters, dropout, out=projected_TR)
+        lora_project(x_TH, adapters, dropout, out=projected_TR, by=adapters_by)
         rows = weight.buffer[:num_outputs]
     else:
         (rows,) = weight

@@ -9,8 +9,9 @@
 
 One dropout mask serves the group's shared input (PEFT draws one an adapter). It is regenerated from its seed wherever
 it is needed, so x and `projected` are all that backward keeps. The steps stand apart, without autograd, because a fused
-layer has dy, x and the base's weight at different times. Products with base weights are `matmul.py`'s, the others
-torch's; with dropout on a GPU, those of the adapters with x and dx are `dropout.py`'s.
+layer has dy, x and the base's weight at different times. Products with base weights are `matmul.py`'s. Those of the
+adapters with x and dy are `adapter_products.py`'s on a GPU, with dropout those with x and dx `dropout.py`'s; the others
+are torch's.
 Source: Hu et al., LoRA, arXiv:2106.09685.
 
 Shapes: T tokens, H input features, O outputs (those of the group side by side), r rank, R ranks of the group.
@@ -25,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from packloop.kernels import adapter_products
+from packloop.kernels.adapter_products import gradient_product, narrow_product
 from packloop.kernels.dropout import (
     dropout_add_input_gradient_,
     dropout_apply,
@@ -33,7 +36,7 @@ from packloop.kernels.dropout import (
     fits_fused_products,
 )
 from packloop.kernels.matmul import ProductLibrary, matmul
-from packloop.kernels.reference import keep_probability, member_slices
+from packloop.kernels.reference import Block, Implementation, keep_probability, member_slices
 
 
 class Lora(NamedTuple):
@@ -77,6 +80,16 @@ class LoraGroup:
             rank += num_ranks
         return found
 
+    def blocks(self) -> list[Block]:
+        """Those of b_OR that are not zero; one of everything where members take turns."""
+        if self.interleaved:
+            return [_everything(self.b_OR.T)]
+        return [Block(columns, ranks) for columns, ranks, b_Or in self.members() if b_Or is not None]
+
+
+def _everything(w_RK: Tensor) -> Block:
+    return Block(slice(0, w_RK.shape[1]), slice(0, w_RK.shape[0]))
+
 
 def _scale(group: LoraGroup, dropout: Dropout | None) -> float:
     return group.scaling if dropout is None else group.scaling / keep_probability(dropout.p)
@@ -104,6 +117,7 @@ def lora_group_forward(
     *,
     out: Tensor | None = None,
     by: ProductLibrary = "auto",
+    adapters_by: Implementation = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """`(y [T, O], projected [T, R])`, without autograd; `projected` is None where the group has no adapter.
 
@@ -119,7 +133,7 @@ def lora_group_forward(
         matmul(x_TH, weight_OH.T, out=y_TO[:, columns], by=by)
     if group.a_RH is None:
         return y_TO, None
-    projected_TR = lora_project(x_TH, group, dropout)
+    projected_TR = lora_project(x_TH, group, dropout, by=adapters_by)
     for columns, ranks, b_Or in group.members():
         if b_Or is not None:
             y_TO[:, columns].addmm_(projected_TR[:, ranks], b_Or.T)
@@ -127,14 +141,24 @@ def lora_group_forward(
 
 
 @torch.no_grad()
-def lora_project(x_TH: Tensor, group: LoraGroup, dropout: Dropout | None, *, out: Tensor | None = None) -> Tensor:
+def lora_project(
+    x_TH: Tensor,
+    group: LoraGroup,
+    dropout: Dropout | None,
+    *,
+    out: Tensor | None = None,
+    by: Implementation = "auto",
+) -> Tensor:
     """`scaling / keep * (mask * x) A^T` [T, R]: what the adapters' B are applied to, and all that their dB needs."""
     scale = _scale(group, dropout)
     if out is None:
         out = torch.empty(x_TH.shape[0], group.a_RH.shape[0], dtype=x_TH.dtype, device=x_TH.device)
     if _is_fused(x_TH, group, dropout):
         return dropout_project(x_TH, group.a_RH, dropout.p, dropout.seed, stream=dropout.stream, scale=scale, out=out)
-    return out.addmm_(_kept(x_TH, dropout), group.a_RH.T, beta=0, alpha=scale)
+    kept_TH, blocks = _kept(x_TH, dropout), [_everything(group.a_RH)]
+    if adapter_products.fits(kept_TH, group.a_RH, blocks=blocks, by=by):
+        return narrow_product(kept_TH, group.a_RH.T, blocks, scale=scale, out=out)
+    return out.addmm_(kept_TH, group.a_RH.T, beta=0, alpha=scale)
 
 
 def _kept(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -152,6 +176,7 @@ def lora_b_gradients(
     *,
     out: Tensor | None = None,
     into: Sequence[Tensor | None] | None = None,
+    by: Implementation = "auto",
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """`(d_projected [T, R], [dB or None for each member])`: what backward can do without the group's input.
 
@@ -163,7 +188,18 @@ def lora_b_gradients(
     d_projected_TR = (
         torch.empty(projected_TR.shape, dtype=projected_TR.dtype, device=projected_TR.device) if out is None else out
     )
-    scale = _scale(group, dropout)
+    scale, blocks = _scale(group, dropout), group.blocks()
+    alike = _are_alike(group, b_gradients)
+    if alike and adapter_products.fits(dy_TO, group.b_OR, projected_TR, blocks=blocks, by=by):
+        narrow_product(dy_TO, group.b_OR, blocks, scale=scale, out=d_projected_TR)
+        places = [index for index, b_Or in enumerate(group.b_Or) if b_Or is not None]
+        if into is None:
+            for index in places:
+                b_gradients[index] = torch.empty(group.b_Or[index].shape, dtype=torch.float32, device=dy_TO.device)
+        targets = [b_gradients[index] for index in places]
+        options = {"adds": into is not None, "in_turns": group.interleaved}
+        gradient_product(dy_TO, projected_TR, blocks, targets, **options)
+        return d_projected_TR, b_gradients
     if group.interleaved:
         # cuBLAS takes no columns two apart: all members at once, over the zeros of `b_OR` and to blocks left unused.
         d_projected_TR.addmm_(dy_TO, group.b_OR, beta=0, alpha=scale)
@@ -180,6 +216,18 @@ def lora_b_gradients(
     return d_projected_TR, b_gradients
 
 
+def _are_alike(group: LoraGroup, targets: Sequence[Tensor | None]) -> bool:
+    """Whether one launch can serve the group's members: adapters of one rank, in turns both, and plain targets."""
+    present = [b_Or for b_Or in group.b_Or if b_Or is not None]
+    one_rank = len({b_Or.shape[1] for b_Or in present}) == 1 and group.b_OR is not None
+    in_turns = not group.interleaved or len(present) == len(group.b_Or) == 2
+    return one_rank and in_turns and _are_plain(targets)
+
+
+def _are_plain(targets: Sequence[Tensor | None]) -> bool:
+    return all(target is None or (target.is_contiguous() and target.dtype == torch.float32) for target in targets)
+
+
 @torch.no_grad()
 def lora_a_gradient(
     d_projected_TR: Tensor,
@@ -188,6 +236,7 @@ def lora_a_gradient(
     dropout: Dropout | None,
     *,
     into: Sequence[Tensor] | None = None,
+    by: Implementation = "auto",
 ) -> Tensor | None:
     """`d_projected^T (mask * x)` [R, H] in float32: the gradients of the group's A, stacked.
 
@@ -197,7 +246,12 @@ def lora_a_gradient(
     if into is None:
         if fused:
             return dropout_weight_gradient(d_projected_TR, x_TH, dropout.p, dropout.seed, stream=dropout.stream)
-        return _wide_product(d_projected_TR.T, _kept(x_TH, dropout))
+        kept_TH = _kept(x_TH, dropout)
+        if not adapter_products.fits(kept_TH, d_projected_TR, blocks=[_everything(group.a_RH)], by=by):
+            return _wide_product(d_projected_TR.T, kept_TH)
+        da_RH = torch.empty(group.a_RH.shape, dtype=torch.float32, device=x_TH.device)
+        gradient_product(kept_TH, d_projected_TR, [_everything(group.a_RH)], [da_RH], adds=False, transposed=True)
+        return da_RH
     ranks = [adapter.shape[0] for adapter in into]
     # What lies in one piece is one product.
     stacked = _stacked_rows(into)
@@ -207,7 +261,10 @@ def lora_a_gradient(
         for target, gradient in zip(targets, da_RH.split(widths)):
             target.add_(gradient)
         return None
-    kept_TH = _kept(x_TH, dropout)
+    kept_TH, blocks = _kept(x_TH, dropout), [_everything(group.a_RH)]
+    if _are_plain(targets) and adapter_products.fits(kept_TH, d_projected_TR, blocks=blocks, by=by):
+        gradient_product(kept_TH, d_projected_TR, blocks, targets, adds=True, transposed=True)
+        return None
     for target, columns in zip(targets, d_projected_TR.split(widths, dim=1)):
         _wide_product(columns.T, kept_TH, target)
     return None

@@ -15,10 +15,10 @@ from packloop.kernels.reference import Implementation, why_not_triton
 class Operations:
     """`triton`, `torch`, or `auto`: whichever fits the tensors that arrive. Field names are those of the settings.
 
-    rms_norm, rope, swiglu, nf4, matmul, gated: of the fused layers, which are handed this value. cross_entropy: of the
-    head. matmul has `cublaslt` in `triton`'s place. `torch` stands for bitsandbytes' own kernel in nf4. rope=torch
-    keeps a backend that rotates by itself from doing so. gated: who runs the products with SwiGLU in their epilogues;
-    `none` leaves it to swiglu.
+    rms_norm, rope, swiglu, nf4, matmul, gated, adapter_products: of the fused layers, which are handed this value.
+    cross_entropy: of the head. matmul has `cublaslt` in `triton`'s place. `torch` stands for bitsandbytes' own kernel
+    in nf4. rope=torch keeps a backend that rotates by itself from doing so. gated: who runs the products with SwiGLU in
+    their epilogues; `none` leaves it to swiglu.
     """
 
     rms_norm: Implementation = "auto"
@@ -27,13 +27,14 @@ class Operations:
     nf4: Implementation = "auto"
     matmul: ProductLibrary = "auto"
     gated: GatedLibrary = "auto"
+    adapter_products: Implementation = "auto"
     cross_entropy: Implementation = "auto"
 
 
 AUTO = Operations()
 
 # Those that stock layers leave to Hugging Face, PEFT and bitsandbytes.
-_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul", "gated")
+_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul", "gated", "adapter_products")
 # What is fastest, and what takes its place where that cannot run.
 _CHOICES = {"matmul": ("cublaslt", "torch"), "gated": ("quack", "none")}
 

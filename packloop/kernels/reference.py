@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,13 @@ def member_slices(sizes: Sequence[int], interleaved: bool) -> list[slice]:
             raise ValueError(f"members of {tuple(sizes)} rows cannot interleave: one size is needed")
         return [slice(index, sum(sizes), len(sizes)) for index in range(len(sizes))]
     return [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes)]
+
+
+class Block(NamedTuple):
+    """A block of a group's block-diagonal B: one member's columns of the outputs and of the ranks."""
+
+    columns: slice
+    ranks: slice
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -162,6 +169,18 @@ def lora_linear(
         return y_TO
     dropped_TH = x_TH if keep_mask_TH is None else x_TH * keep_mask_TH.to(x_TH.dtype) / keep_probability
     return y_TO + scaling * ((dropped_TH @ a_RH.to(x_TH.dtype).T) @ b_OR.to(x_TH.dtype).T)
+
+
+def narrow_product(x_TK: Tensor, w_KR: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
+    """`scale * x w` [T, R] of a w that is zero outside its blocks, the ranks of each being columns of the result."""
+    x, w = (operand.to(_compute_dtype(operand.dtype)) for operand in (x_TK, w_KR))
+    return torch.cat([scale * (x[:, b.columns] @ w[b.columns, b.ranks]) for b in blocks], dim=1).to(x_TK.dtype)
+
+
+def gradient_product(left_TO: Tensor, right_TR: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
+    """`left^T right` [O_i, r] of each block, in at least float32."""
+    left, right = (operand.to(_compute_dtype(operand.dtype)) for operand in (left_TO, right_TR))
+    return [left[:, block.columns].T @ right[:, block.ranks] for block in blocks]
 
 
 def nf4_absmax(codes: Tensor, table: Tensor, absmax: Tensor, offset: Tensor, blocksize: int) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.engine.planner.shape import GroupShape, ModelShape
+from packloop.kernels.adapter_products import MIN_TOKENS, gradient_partial_bytes, narrow_partial_bytes
 from packloop.kernels.linear_cross_entropy import rows_per_chunk
 
 Keeps = Literal["all", "products", "input"]
@@ -172,6 +173,7 @@ class Step:
             stays = keeps_inputs and not (shape.is_gated and group is down)
             if group.num_ranks and not (extended and group.extends and stays):
                 events.allocate(f"projected {group.name}", row * group.num_ranks, part)
+            self._project(events, group)
             if not is_recomputed:
                 events.free(f"weight {group.name}")
 
@@ -192,6 +194,7 @@ class Step:
         width = shape.intermediate + (0 if is_recomputed else down.spare)
         if shape.is_gated:  # one product makes both
             self._weight(events, gate_up, is_cached)
+            self._project(events, gate_up)
             events.allocate("gate_up", row * (gate_up.num_outputs + gate_up.spare), part)
             events.allocate("hidden", row * width)
             if gate_up.num_ranks and not keeps_inputs:
@@ -207,6 +210,7 @@ class Step:
         if is_recomputed:
             if down.num_ranks:
                 events.allocate("projected down", row * down.num_ranks)
+            self._project(events, down)
             events.free("hidden")
             return
         linear(down, name="out", out_part="activations", extended=True)
@@ -237,6 +241,7 @@ class Step:
         def output_gradient(group: GroupShape, *, has_room: bool) -> None:
             if group.num_ranks and not has_room:
                 events.allocate(f"d_projected {group.name}", row * group.num_ranks)
+            self._b_gradients(events, group)
 
         def input_gradient(group: GroupShape, name: str) -> None:
             self._weight(events, group, is_cached)
@@ -245,12 +250,15 @@ class Step:
 
         def a_gradient(group: GroupShape) -> None:
             if group.num_ranks and shape.dropout:
-                events.allocate("partial", self._partial_bytes(group))
-                events.free("partial")
+                self._meanwhile(events, self._partial_bytes(group))
+            elif self._is_split(group):
+                sizes = [group.in_features]
+                self._meanwhile(events, gradient_partial_bytes(self.micro.slots, sizes, group.num_ranks))
 
         if shape.gates_backward:
             if is_last and down.spare:
                 events.allocate("d_out", row * (shape.hidden + down.spare))
+            self._b_gradients(events, down)
             self._weight(events, down, is_cached)
             events.allocate("hidden", row * shape.intermediate)
             events.free("weight down")
@@ -259,12 +267,10 @@ class Step:
             input_gradient(down, "d_hidden")
             if down.num_ranks and not events.holds("hidden"):
                 events.allocate("hidden", row * shape.intermediate)
+        events.free("d_hidden")
         a_gradient(down)
-        events.free("d_hidden", "hidden")
+        events.free("hidden")
         output_gradient(gate_up, has_room=gate_up.extends)
-        if shape.is_gated and gate_up.num_ranks:
-            events.allocate("dB", gate_up.num_outputs * gate_up.num_ranks * _FP32)
-            events.free("dB")
         input_gradient(gate_up, "d_n2")
         if not gate_up.extends:
             events.free("gate_up")  # else the projections' gradients lie in its spare columns
@@ -319,6 +325,32 @@ class Step:
             made_anew = 2
         events.allocate("dq, dk, dv", made_anew * self._row * shape.attended)
         events.free("delta", "dq sum", "dq, dk, dv")
+
+    def _meanwhile(self, events: _Events, num_bytes: int) -> None:
+        events.allocate("partial", num_bytes)
+        events.free("partial")
+
+    def _is_split(self, group: GroupShape) -> bool:
+        """Whether the group's products may be `kernels.adapter_products`' own; not where alignment forbids it."""
+        served = self.shape.adapter_products and self.micro.slots >= MIN_TOKENS
+        return served and 0 < group.num_ranks <= _MAX_DROPOUT_RANKS
+
+    def _project(self, events: _Events, group: GroupShape) -> None:
+        if self._is_split(group) and not self.shape.dropout:
+            self._meanwhile(events, narrow_partial_bytes(self.micro.slots, [group.in_features], group.num_ranks))
+
+    def _b_gradients(self, events: _Events, group: GroupShape) -> None:
+        """Partial sums of d_projected, then of dB."""
+        slots, in_turns = self.micro.slots, group.name == "gate_up" and self.shape.is_gated
+        sizes = [outputs for outputs, rank in zip(group.out_features, group.ranks, strict=True) if rank]
+        ranks = max(group.ranks)
+        if in_turns:
+            sizes, ranks = [group.num_outputs], group.num_ranks
+        if self._is_split(group) and (all(group.ranks) or not in_turns):
+            self._meanwhile(events, narrow_partial_bytes(slots, sizes, ranks))
+            self._meanwhile(events, gradient_partial_bytes(slots, sizes, ranks, in_turns=in_turns))
+        elif in_turns and group.num_ranks:
+            self._meanwhile(events, group.num_outputs * group.num_ranks * _FP32)
 
     def _partial_bytes(self, group: GroupShape) -> int:
         """Partial sums of the gradient of A under dropout, and their total."""

@@ -61,6 +61,7 @@ class ModelShape:
     """A Llama, how its base is held, and its adapters. groups: of one layer, in the order of the forward pass.
 
     gated: whether `kernels.gated` asks for SwiGLU in the products around it, which not every shape allows.
+    adapter_products: whether `kernels.adapter_products` is Triton's, whose sums are split.
     """
 
     num_layers: int
@@ -77,6 +78,7 @@ class ModelShape:
     dropout: float
     groups: tuple[GroupShape, ...]
     gated: bool = False
+    adapter_products: bool = False
 
     @classmethod
     def of(cls, architecture: LlamaConfig, model: ModelConfig, lora: LoraConfig) -> ModelShape:
@@ -122,7 +124,9 @@ class ModelShape:
 
     @classmethod
     def of_run(cls, architecture: LlamaConfig, config: RunConfig) -> ModelShape:
-        return replace(cls.of(architecture, config.model, config.lora), gated=config.kernels.gated == "quack")
+        kernels = config.kernels
+        chosen = {"gated": kernels.gated == "quack", "adapter_products": kernels.adapter_products == "triton"}
+        return replace(cls.of(architecture, config.model, config.lora), **chosen)
 
     def group(self, name: str) -> GroupShape:
         return next(group for group in self.groups if group.name == name)
