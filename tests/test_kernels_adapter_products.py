@@ -13,10 +13,16 @@ from packloop.kernels.adapters import AdapterCopies
 from packloop.kernels.lora_linear import Lora, lora_a_gradient, lora_b_gradients, lora_project
 from packloop.kernels.reference import Block
 
-pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+pytestmark = pytest.mark.usefixtures("poisoned_outputs", "divided_sums")
 
 # Whole sums, and sums in parts.
 TILES = [Tile(16, 16, 4, 2, programs=1), Tile(32, 16, 4, 2, programs=64)]
+
+
+@pytest.fixture
+def divided_sums(monkeypatch):
+    """Sums as short as a test's are divided too."""
+    monkeypatch.setattr(adapter_products, "_LENGTH_PER_RANK", 0.1)
 
 
 @ordinary

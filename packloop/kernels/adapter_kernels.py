@@ -18,7 +18,7 @@ if triton is not None:
     def _of_member(member, first, second, third):
         return tl.where(member == 0, first, tl.where(member == 1, second, third))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_tokens", "num_splits", "steps_per_split"])
     def adapter_product_kernel(
         x_ptr,
         w_ptr,
@@ -86,7 +86,7 @@ if triton is not None:
             mask = inside_rows & (more_ranks < num_ranks)[None, :]
             tl.store(out_rows + more_ranks[None, :], more * scale, mask=mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_tokens", "num_splits"])
     def adapter_product_sum_kernel(
         partial_ptr,
         out_ptr,
@@ -134,7 +134,7 @@ if triton is not None:
             places = outputs.to(tl.int64)[:, None] * row_stride + ranks[None, :]
         tl.store(ptr + places, gradient, mask=mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "tokens_per_split", "end_0", "end_1"])
     def adapter_gradient_kernel(
         left_ptr,
         right_ptr,
@@ -212,7 +212,7 @@ if triton is not None:
             total += tl.load(target_ptr + elements, mask=inside, other=0.0)
         tl.store(target_ptr + elements, total, mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_splits"])
     def adapter_gradient_sum_kernel(
         partial_ptr,
         target_0_ptr,

@@ -28,7 +28,8 @@ MAX_RANKS, MAX_MEMBERS = 256, 3
 MIN_TOKENS = 1024
 _FP32 = 4
 _ALIGNMENT = 16
-_MIN_STEPS = 4
+# Of a divided sum each part is at least so long for every rank, so that partial sums are an eighth of the wide operand.
+_LENGTH_PER_RANK = 16
 _SUM_ELEMENTS = 1024
 
 
@@ -47,13 +48,13 @@ class Tile(NamedTuple):
 
 # By ranks of a program, at most.
 NARROW_TILES = {
-    64: Tile(128, 64, warps=4, stages=4, programs=264),
-    128: Tile(128, 64, warps=8, stages=4, programs=264),
+    64: Tile(128, 64, warps=4, stages=3, programs=396),
+    128: Tile(128, 64, warps=8, stages=3, programs=264),
     256: Tile(128, 64, warps=8, stages=4, programs=132),
 }
 GRADIENT_TILES = {
-    64: Tile(128, 64, warps=4, stages=4, programs=264),
-    128: Tile(128, 64, warps=8, stages=4, programs=264),
+    64: Tile(128, 64, warps=4, stages=3, programs=396),
+    128: Tile(128, 64, warps=8, stages=3, programs=528),
     256: Tile(128, 64, warps=8, stages=4, programs=132),
 }
 
@@ -80,32 +81,35 @@ def _rank_tiles(num_ranks: int) -> dict[str, int]:
     return {"FIRST": 128, "SECOND": padded(num_ranks - 128)}
 
 
-def _splits(length: int, num_blocks: int, tile: Tile) -> tuple[int, int]:
+def _splits(length: int, num_blocks: int, num_ranks: int, tile: Tile) -> tuple[int, int]:
     """(parts that a sum of `length` is divided into, steps of each)."""
     steps = max(_ceil(length, tile.step), 1)
-    wanted = max(min(tile.programs // num_blocks, steps // _MIN_STEPS), 1)
+    most = int(length / (_LENGTH_PER_RANK * num_ranks))
+    wanted = max(min(tile.programs // num_blocks, most, steps), 1)
     steps_each = _ceil(steps, wanted)
     return _ceil(steps, steps_each), steps_each
 
 
-def _narrow_splits(num_tokens: int, sizes: Sequence[int], tile: Tile) -> tuple[int, int]:
-    return _splits(max(sizes), _ceil(num_tokens, tile.rows) * len(sizes), tile)
+def _narrow_splits(num_tokens: int, sizes: Sequence[int], num_ranks: int, tile: Tile) -> tuple[int, int]:
+    return _splits(max(sizes), max(_ceil(num_tokens, tile.rows), 1) * len(sizes), num_ranks, tile)
 
 
-def _gradient_splits(num_tokens: int, sizes: Sequence[int], tile: Tile) -> tuple[int, int]:
-    return _splits(num_tokens, sum(_ceil(size, tile.rows) for size in sizes), tile)
+def _gradient_splits(num_tokens: int, sizes: Sequence[int], num_ranks: int, tile: Tile) -> tuple[int, int]:
+    """num_ranks: those of a target."""
+    return _splits(num_tokens, sum(_ceil(size, tile.rows) for size in sizes), num_ranks, tile)
 
 
 def narrow_partial_bytes(num_tokens: int, sizes: Sequence[int], num_ranks: int) -> int:
     """What `narrow_product` allocates meanwhile, for members of so many features and of `num_ranks` each."""
-    splits, _ = _narrow_splits(num_tokens, sizes, _tile(NARROW_TILES, num_ranks))
+    splits, _ = _narrow_splits(num_tokens, sizes, num_ranks, _tile(NARROW_TILES, num_ranks))
     return splits * num_tokens * num_ranks * len(sizes) * _FP32 if splits > 1 else 0
 
 
 def gradient_partial_bytes(num_tokens: int, sizes: Sequence[int], num_ranks: int, *, in_turns: bool = False) -> int:
     """What `gradient_product` allocates meanwhile; with in_turns `sizes` has the one pair, `num_ranks` is of both."""
-    splits, _ = _gradient_splits(num_tokens, sizes, _tile(GRADIENT_TILES, num_ranks))
-    return splits * sum(sizes) * num_ranks * _FP32 // (2 if in_turns else 1)
+    columns = num_ranks // 2 if in_turns else num_ranks
+    splits, _ = _gradient_splits(num_tokens, sizes, columns, _tile(GRADIENT_TILES, num_ranks))
+    return splits * sum(sizes) * columns * _FP32
 
 
 def fits(*operands: Tensor, blocks: Sequence[Block], by: Implementation = "auto") -> bool:
@@ -136,7 +140,7 @@ def narrow_product(
     columns, ranks = ([getattr(block, side).start for block in blocks] for side in ("columns", "ranks"))
     sizes = [block.columns.stop - block.columns.start for block in blocks]
     tile = _tile(NARROW_TILES, num_ranks) if tile is None else tile
-    num_splits, steps = _narrow_splits(num_tokens, sizes, tile)
+    num_splits, steps = _narrow_splits(num_tokens, sizes, num_ranks, tile)
     if num_tokens == 0:
         return out
     total_ranks = out.shape[1]
@@ -196,7 +200,7 @@ def gradient_product(
     columns, ranks = ([getattr(block, side).start for block in blocks] for side in ("columns", "ranks"))
     sizes = [block.columns.stop - block.columns.start for block in blocks]
     tile = _tile(GRADIENT_TILES, num_ranks) if tile is None else tile
-    num_splits, steps = _gradient_splits(num_tokens, sizes, tile)
+    num_splits, steps = _gradient_splits(num_tokens, sizes, num_ranks // 2 if in_turns else num_ranks, tile)
     ends = [sum(_ceil(size, tile.rows) for size in sizes[: index + 1]) for index in range(len(sizes))]
     elements = [target.numel() for target in targets]
     partial = torch.empty(num_splits, sum(elements), dtype=torch.float32, device=left_TO.device)
