@@ -14,6 +14,7 @@ interpreter, whose 16-bit products are wrong) and have adjacent columns; rows ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,21 @@ def _splits(length: int, num_blocks: int, num_ranks: int, tile: Tile) -> tuple[i
     return _ceil(steps, steps_each), steps_each
 
 
+def _stages(tile: Tile, rank_tiles: dict[str, int], wide: Tensor) -> int:
+    """As many of the tile's as the device's shared memory has room for."""
+    if not wide.is_cuda:
+        return tile.stages
+    stage = (tile.rows + sum(rank_tiles.values())) * tile.step * wide.element_size()
+    return max(min(tile.stages, _shared_memory(wide.device) // stage), 1)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+
+
 def _narrow_splits(num_tokens: int, sizes: Sequence[int], num_ranks: int, tile: Tile) -> tuple[int, int]:
     return _splits(max(sizes), max(_ceil(num_tokens, tile.rows), 1) * len(sizes), num_ranks, tile)
 
@@ -139,7 +155,7 @@ def narrow_product(
     num_tokens, num_ranks = x_TK.shape[0], blocks[0].ranks.stop - blocks[0].ranks.start
     columns, ranks = ([getattr(block, side).start for block in blocks] for side in ("columns", "ranks"))
     sizes = [block.columns.stop - block.columns.start for block in blocks]
-    tile = _tile(NARROW_TILES, num_ranks) if tile is None else tile
+    rank_tiles, tile = _rank_tiles(num_ranks), tile or _tile(NARROW_TILES, num_ranks)
     num_splits, steps = _narrow_splits(num_tokens, sizes, num_ranks, tile)
     if num_tokens == 0:
         return out
@@ -166,9 +182,9 @@ def narrow_product(
         NUM_MEMBERS=len(blocks),
         BLOCK_T=tile.rows,
         BLOCK_K=tile.step,
-        **_rank_tiles(num_ranks),
+        **rank_tiles,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=_stages(tile, rank_tiles, x_TK),
     )
     if num_splits > 1:
         width = 1 << (total_ranks - 1).bit_length()
@@ -199,7 +215,7 @@ def gradient_product(
     num_tokens, num_ranks = left_TO.shape[0], blocks[0].ranks.stop - blocks[0].ranks.start
     columns, ranks = ([getattr(block, side).start for block in blocks] for side in ("columns", "ranks"))
     sizes = [block.columns.stop - block.columns.start for block in blocks]
-    tile = _tile(GRADIENT_TILES, num_ranks) if tile is None else tile
+    rank_tiles, tile = _rank_tiles(num_ranks), tile or _tile(GRADIENT_TILES, num_ranks)
     num_splits, steps = _gradient_splits(num_tokens, sizes, num_ranks // 2 if in_turns else num_ranks, tile)
     ends = [sum(_ceil(size, tile.rows) for size in sizes[: index + 1]) for index in range(len(sizes))]
     elements = [target.numel() for target in targets]
@@ -224,9 +240,9 @@ def gradient_product(
         IN_TURNS=in_turns,
         BLOCK_T=tile.step,
         BLOCK_O=tile.rows,
-        **_rank_tiles(num_ranks),
+        **rank_tiles,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=_stages(tile, rank_tiles, left_TO),
     )
     kernels.adapter_gradient_sum_kernel[(_ceil(max(elements), _SUM_ELEMENTS), len(targets))](
         partial,

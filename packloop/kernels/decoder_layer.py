@@ -338,16 +338,11 @@ def _backward(
 
     def output_gradient(group: str, dy_wide: Tensor) -> None:
         """B's gradients, and the gradient of the projections, written into the spare columns where there are some."""
-        num_outputs = sum(layer.groups[group].out_features)
-        d_projected[group], _ = lora_b_gradients(
-            dy_wide[:, :num_outputs],
-            kept.projected.get(group),
-            layer.groups[group],
-            layer.dropout(batch, group),
-            out=dy_wide[:, num_outputs:] if dy_wide.shape[1] > num_outputs else None,
-            into=gradients.b[group],
-            by=layer.operations.adapter_products,
-        )
+        adapters, dropout, projected = layer.groups[group], layer.dropout(batch, group), kept.projected.get(group)
+        dy, spare = dy_wide.tensor_split([sum(adapters.out_features)], dim=1)
+        places = {"out": spare if spare.shape[1] else None, "into": gradients.b[group]}
+        by = layer.operations.adapter_products
+        d_projected[group], _ = lora_b_gradients(dy, projected, adapters, dropout, **places, by=by)
 
     def input_gradient(group: str, dy_wide: Tensor) -> Tensor:
         weight, adapters, dropout = weights[group], layer.groups[group], layer.dropout(batch, group)

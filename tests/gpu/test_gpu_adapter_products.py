@@ -109,7 +109,8 @@ def test_rows_beyond_two_to_the_31_elements():
     blocks = [Block(slice(0, 4096), slice(0, rank))]
     w = torch.ones(4096, rank, dtype=DTYPE, device=DEVICE)
     out = narrow_product(wide, w, blocks, scale=1.0, out=torch.empty(num_tokens, rank, dtype=DTYPE, device=DEVICE))
-    assert bool((out[-1] == 4096).all()) and bool((out[:-1] == 0).all())
+    assert bool((out[-1] == 4096).all())
+    assert bool((out[:-1] == 0).all())
     total = torch.zeros(4096, rank, device=DEVICE)
     gradient_product(wide, torch.ones_like(out), blocks, [total], adds=True)
     assert bool((total == 1).all())
