@@ -28,6 +28,7 @@ MAX_RANKS, MAX_MEMBERS = 256, 3
 # Below this cuBLAS's launches are as good.
 MIN_TOKENS = 1024
 _FP32 = 4
+# Elements: Triton takes multiples of 16 into account, no others.
 _ALIGNMENT = 16
 # Of a divided sum each part is at least so long for every rank, so that partial sums are an eighth of the wide operand.
 _LENGTH_PER_RANK = 16
@@ -142,7 +143,7 @@ def fits(*operands: Tensor, blocks: Sequence[Block], by: Implementation = "auto"
     starts = [edge for block in blocks for edge in (block.columns.start, block.ranks.start)]
     aligned = all(operand.stride(0) % _ALIGNMENT == 0 and operand.data_ptr() % 16 == 0 for operand in operands)
     is_16_bit = wide.dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and wide.shape[0] >= MIN_TOKENS and aligned and all(start % 8 == 0 for start in starts)
+    return is_16_bit and wide.shape[0] >= MIN_TOKENS and aligned and all(start % _ALIGNMENT == 0 for start in starts)
 
 
 def narrow_product(
