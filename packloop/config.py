@@ -174,7 +174,9 @@ class KernelsConfig(Section):
         description="Rotary position embedding (fused layers only); attention=document does it itself, unless this is "
         "torch.",
     )
-    swiglu: Implementation = Field("auto", description="silu(gate) * up (fused layers only).")
+    swiglu: Implementation = Field(
+        "auto", description="silu(gate) * up (fused layers only), where no product makes it (gated)."
+    )
     nf4: Implementation = Field(
         "auto", description="Dequantisation of NF4 weights (fused layers only); torch: bitsandbytes' own kernel."
     )
@@ -186,8 +188,8 @@ class KernelsConfig(Section):
     )
     gated: Literal["auto", "quack", "none"] = Field(
         "auto",
-        description="SwiGLU in the epilogues of the products around it (fused layers over an NF4 base only). auto: "
-        "quack on a Hopper GPU where quack-kernels is installed.",
+        description="SwiGLU in the epilogues of the products around it (fused layers in bfloat16 over an NF4 base "
+        "only). auto: quack on a Hopper GPU where quack-kernels runs, unless swiglu or matmul is torch.",
     )
     cross_entropy: Implementation = Field(
         "auto", description="Loss and gradient of a chunk of logits; the chunks, of either kind of layer, stay."

@@ -38,7 +38,10 @@ KERNEL_EXCEPTIONS = {
     "patch.py": {"transformers", "peft"},
 }
 # Functions that import packages which nobody here has written, and give what these raise as a reason.
-MAY_CATCH_ALL = {"flash_attention.py": {"_why_not_loaded", "_is_installed"}, "gated.py": {"_why_not_usable"}}
+MAY_CATCH_ALL = {
+    "flash_attention.py": {"_why_not_loaded", "_is_installed"},
+    "gated.py": {"_why_not_importable", "_why_not_running"},
+}
 
 
 def imports_of(path: Path) -> dict[str, list[tuple[str, bool]]]:

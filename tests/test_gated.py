@@ -11,7 +11,7 @@ from packloop.kernels import reference
 from packloop.kernels.adapters import AdapterCopies
 from packloop.kernels.base_weights import GroupWeights
 from packloop.kernels.decoder_layer import activation_bytes
-from packloop.kernels.gated import gated_backward, gated_forward, halves
+from packloop.kernels.gated import deinterleave, gated_backward, gated_forward
 from packloop.kernels.lora_linear import Lora, lora_b_gradients
 from packloop.kernels.operations import Operations
 from packloop.kernels.patch import find_llama, patched
@@ -90,12 +90,12 @@ def test_a_gated_product_is_the_product_and_its_swiglu_and_back():
     preact, product = wide[:, :20], hidden[:, :10]
     gated_forward(x, weight, preact_out=preact, hidden_out=product, by="torch")
     gate, up = ((x @ rows.T).requires_grad_() for rows in (weight[0::2], weight[1::2]))
-    torch.testing.assert_close(halves(preact), (gate, up))
+    torch.testing.assert_close(deinterleave(preact), (gate, up))
     torch.testing.assert_close(product, reference.swiglu(gate, up))
     expected = torch.autograd.grad(reference.swiglu(gate, up), (gate, up), dy @ down)
     again = torch.empty(7, 10, dtype=torch.float64)
     gated_backward(dy, down, preact, d_preact_out=preact, hidden_out=again, by="torch")
-    torch.testing.assert_close(halves(preact), expected)
+    torch.testing.assert_close(deinterleave(preact), expected)
     torch.testing.assert_close(again, product)
     assert wide[:, 20:].isnan().all()
 

@@ -67,7 +67,9 @@ def test_auto_is_the_fastest_on_a_gpu_and_torch_elsewhere(monkeypatch):
     assert choose_operations(AUTO, CUDA, fused=False) == all_of("torch", cross_entropy="triton")
     for name in [*TRITONS, "matmul"]:
         single = choose_operations(Operations(**{name: "torch"}), CUDA, fused=True)
-        assert single == all_of("fastest", **{name: "torch"})
+        # Who asks for torch's SwiGLU or products does not get another's that hold both.
+        rest = {"gated": "none"} if name in ("swiglu", "matmul") else {}
+        assert single == all_of("fastest", **{name: "torch"}, **rest)
     monkeypatch.setattr(reference, "_HAS_TRITON", False)
     assert choose_operations(AUTO, CUDA, fused=True) == all_of("torch", matmul="cublaslt", gated="quack")
     monkeypatch.setattr(cublaslt, "why_not", lambda: "needs a torch built for CUDA")
@@ -78,7 +80,8 @@ def test_auto_is_the_fastest_on_a_gpu_and_torch_elsewhere(monkeypatch):
 def on_hopper(monkeypatch, capability: tuple[int, int] = (9, 0), without: str | None = None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(gated, "_why_not_installed", lambda: without)
-    monkeypatch.setattr(gated, "_why_not_usable", lambda: None)
+    monkeypatch.setattr(gated, "_why_not_importable", lambda: None)
+    monkeypatch.setattr(gated, "_why_not_running", lambda device: None)
 
 
 @ordinary
@@ -91,7 +94,7 @@ def test_a_quack_that_cannot_run_is_refused(monkeypatch):
     ]
     for device, capability, missing, reason in for_refusals:
         on_hopper(monkeypatch, capability, missing)
-        with pytest.raises(ValueError, match=rf"kernels\.gated=quack: {reason}; use kernels\.gated=auto"):
+        with pytest.raises(ValueError, match=rf"kernels\.gated=quack: {reason}; use kernels\.gated=none"):
             choose_operations(asked, device, fused=True)
         with pytest.raises(ValueError, match=f"quack {reason}"):
             gated.library_for(torch.bfloat16, device, "quack")
@@ -100,41 +103,46 @@ def test_a_quack_that_cannot_run_is_refused(monkeypatch):
     assert choose_operations(asked, CUDA, fused=True).gated == "quack"
     assert gated.library_for(torch.bfloat16, CUDA, "auto") == "quack"
     assert gated.library_for(torch.float32, CUDA, "auto") == "none"
-    with pytest.raises(ValueError, match="needs bfloat16 or float16, the weights are"):
+    with pytest.raises(ValueError, match=r"needs model\.dtype=bfloat16, the weights are float32"):
         gated.library_for(torch.float32, CUDA, "quack")
     with pytest.raises(ValueError, match=r"kernels\.layer=stock runs Hugging Face's own code"):
         choose_operations(asked, CUDA, fused=False)
     assert choose_operations(Operations(gated="none"), CUDA, fused=True).gated == "none"
+    unfit = {"gated": "needs an NF4 base"}
+    assert choose_operations(AUTO, CUDA, fused=True, unfit=unfit).gated == "none"
+    with pytest.raises(ValueError, match=r"kernels\.gated=quack: needs an NF4 base; use kernels\.gated=none"):
+        choose_operations(asked, CUDA, fused=True, unfit=unfit)
 
 
 @ordinary
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("raise KeyError('no arch')", r"quack cannot import quack-kernels \(KeyError: 'no arch'\)"),
-        (
-            "def linear_act_mod(*_, **__): raise TypeError('_LOC')",
-            "quack needs quack-kernels and nvidia-cutlass-dsl in",
-        ),
+        ("raise KeyError('no arch')", r"quack cannot be used \(KeyError: 'no arch'\); packloop is written for"),
+        ("def linear_act_mod(*_, **__): raise TypeError('_LOC')", r"\(TypeError: _LOC\); it has to lie in a directory"),
+        ("def linear_act_mod(*_, **__): pass", r"quack fails on this machine \(\w+: "),
     ],
-    ids=["whatever its import raises", "outside site-packages"],
+    ids=["whatever its import raises", "outside site-packages", "products that do not run"],
 )
 def test_a_quack_that_is_there_and_cannot_be_used(monkeypatch, tmp_path, source, reason):
     (tmp_path / "quack" / "epilogue").mkdir(parents=True)
     for package in ("quack", "quack/epilogue"):
         (tmp_path / package / "__init__.py").touch()
     (tmp_path / "quack" / "epilogue" / "library.py").write_text(source)
+    (tmp_path / "quack" / "gemm_interface.py").write_text("gemm_act = gemm_dact = None")
+    (tmp_path / "quack" / "gemm_config.py").write_text("GemmConfig = dict")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    gated._why_not_installed.cache_clear()
-    gated._why_not_usable.cache_clear()
+    asked_once = (gated._why_not_installed, gated._why_not_importable, gated._why_not_running, gated._config)
+    for function in asked_once:
+        function.cache_clear()
     try:
         with pytest.raises(ValueError, match=reason):
             gated.library_for(torch.bfloat16, CUDA, "quack")
         assert gated.library_for(torch.bfloat16, CUDA, "auto") == "none"
     finally:
-        gated._why_not_installed.cache_clear()
-        gated._why_not_usable.cache_clear()
+        for function in asked_once:
+            function.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] == "quack"]:
             del sys.modules[name]
 

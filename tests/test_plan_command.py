@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from packloop.bench import plan as plans
 from packloop.bench.plan import parse_budget, plan
 from packloop.cli import main
 from packloop.config import load_config
@@ -44,15 +46,27 @@ def test_a_budget_that_leaves_cuda_nothing_is_made_smaller_and_said(monkeypatch,
     assert "of the 22.0 GiB of the a10g CUDA's own context takes about 0.5, so 21.5 GiB are the budget" in words
 
 
-def test_gated_products_are_planned_for_where_they_are_asked_for():
-    def fastest(**kernels: str) -> float:
-        config = load_config(RECIPE, [f"kernels.{name}={value}" for name, value in kernels.items()])
-        found = plan(config, gpu="h200", budget="70GiB", synthetic="llama2-7b")
-        return max(one.time.tokens_per_s for one in found.best)
+def test_gated_products_are_planned_for_where_they_are_asked_for_or_at_hand(monkeypatch):
+    def fastest(gated: str, gpu: str = "h200"):
+        config = load_config(RECIPE, [f"kernels.gated={gated}"])
+        return plan(config, gpu=gpu, budget="20GiB", synthetic="tiny").best[0]
 
-    without = fastest()
-    assert fastest(gated="none") == without
-    assert without < fastest(gated="quack") < 1.03 * without
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    without, gated = fastest("none"), fastest("quack")
+    assert fastest("auto") == without
+    assert without.time.tokens_per_s < gated.time.tokens_per_s
+    assert not [line for line in without.overrides if "gated" in line]
+    assert "kernels.gated=quack" in gated.overrides
+    with pytest.raises(InputError, match=r"kernels\.gated=quack: the a10g has compute capability 8\.6, 9\.x is needed"):
+        fastest("quack", gpu="a10g")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(plans, "why_not_quack", lambda device: None)
+    assert fastest("auto") == gated
+    assert fastest("auto", gpu="h100") == fastest("none", gpu="h100")
+    monkeypatch.setattr(plans, "why_not_quack", lambda device: "needs quack-kernels")
+    assert fastest("auto") == without
 
 
 def cells(out: str, row: str) -> list[str]:

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from small_job import fork, read_metrics, small_config, tensors_equal, wait, wait_for_step, write_rows
 
 from packloop import cli
-from packloop.config import RunConfig, dump_config
+from packloop.config import RunConfig, dump_config, parse_config
 from packloop.engine import loop
 from packloop.engine.checkpoint import find_checkpoint, restore_rng
 from packloop.engine.loop import train
+from packloop.engine.run_dir import config_for_resume
 from packloop.errors import ConfigError, InputError
 
 STEPS_PER_EPOCH, NUM_STEPS = 4, 11
@@ -292,3 +294,26 @@ def test_a_finished_run_resumes_to_nothing(whole, small_base, small_rows, tmp_pa
     train(config_of(small_base, small_rows, tmp_path / "run"), resume="latest", on_step=seen.append)
     assert seen == []
     assert_equal_runs(tmp_path / "run", whole)
+
+
+def resumed_kernels(tmp_path: Path, saved: dict, given: dict) -> dict:
+    """`kernels` of a run that goes on, of which the checkpoint names what is `saved` beside one other choice."""
+    written = {"kernels": {"layer": "fused", **saved}}
+    (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(written))
+    return config_for_resume(parse_config({"kernels": given}), tmp_path).kernels.model_dump()
+
+
+def test_what_an_older_run_does_not_name_is_what_ran_then(tmp_path):
+    for given in ({}, {"gated": "none", "matmul": "torch"}):
+        kernels = resumed_kernels(tmp_path, {}, given)
+        assert (kernels["layer"], kernels["gated"], kernels["matmul"]) == ("fused", "none", "torch")
+    with pytest.raises(ConfigError, match=r"kernels\.gated: 'none' in the checkpoint, 'quack' given"):
+        resumed_kernels(tmp_path, {}, {"gated": "quack"})
+
+
+def test_a_run_with_gated_products_can_go_on_without_them_and_is_told(tmp_path, caplog):
+    assert resumed_kernels(tmp_path, {"gated": "quack"}, {})["gated"] == "quack"
+    assert not caplog.messages
+    assert resumed_kernels(tmp_path, {"gated": "quack"}, {"gated": "none"})["gated"] == "none"
+    (told,) = caplog.messages
+    assert told == "kernels.gated=quack in the checkpoint, none from here on: equal to rounding only"

@@ -26,7 +26,7 @@ from packloop.engine.planner.time import Load
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
 from packloop.kernels.flash_attention import NEEDED_CAPABILITY
-from packloop.kernels.gated import why_not_quack
+from packloop.kernels.gated import HOPPER, why_not_quack
 from packloop.kernels.operations import Operations
 
 _UNITS = {"": GIB, "gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
@@ -95,8 +95,17 @@ def plan(
 
 
 def _is_gated(asked: str, gpu: Gpu) -> bool:
-    """Whether quack runs the gated products; for `auto` what is installed here counts where this is the GPU at hand."""
-    if asked != "auto":
+    """Whether quack runs the gated products; for `auto` what is installed here counts where this is the GPU at hand.
+
+    InputError where they are asked for and the GPU is none that quack has them for.
+    """
+    is_hopper = gpu.capability[0] == HOPPER
+    if asked == "quack" and not is_hopper:
+        raise InputError(
+            f"kernels.gated=quack: the {gpu.key} has compute capability {_dotted(gpu.capability)}, "
+            f"{HOPPER}.x is needed; use kernels.gated=auto"
+        )
+    if asked != "auto" or not is_hopper:
         return asked == "quack"
     is_at_hand = torch.cuda.is_available() and find_gpu(torch.cuda.get_device_name()) == gpu
     return is_at_hand and why_not_quack(torch.device("cuda")) is None

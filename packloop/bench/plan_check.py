@@ -136,6 +136,8 @@ def settle(config: RunConfig, best: Candidate, budget_gib: float) -> RunConfig:
         "dequant_cache": best.plan.cached_layers,
         "keep_inputs": best.plan.keep_inputs_layers,
     }
+    if best.is_gated:
+        kernels["gated"] = "quack"
     return config.model_copy(
         update={
             "train": config.train.model_copy(update=train),

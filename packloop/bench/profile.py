@@ -20,6 +20,7 @@ from packloop.bench.steps import Job, Lap, reset_peak, synchronize
 from packloop.bench.trace import Trace, exclusive_ms, read_trace
 from packloop.engine.batch import Micro
 from packloop.engine.budget import GIB, settle_on_gpu
+from packloop.engine.plan import operations_of
 from packloop.errors import InputError
 from packloop.kernels.attention import DocumentLayout, load_backend
 from packloop.kernels.decoder_layer import activation_bytes
@@ -183,7 +184,8 @@ def measure_room(job: Job, num_slots: int) -> Room:
         return Room(free_gib=free_gib, paged_gib=paged_gib)
     llama = find_llama(job.model)
     keeps = ["products"] * llama.config.num_hidden_layers
-    layer = FusedLayers(llama.model, load_backend(job.config.kernels.attention), keeps, 0).layers[0]
+    attention, operations = load_backend(job.config.kernels.attention), operations_of(job.config)
+    layer = FusedLayers(llama.model, attention, keeps, 0, operations=operations).layers[0]
     sizes = activation_bytes(layer, num_slots)
     return Room(
         free_gib=free_gib,

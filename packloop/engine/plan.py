@@ -20,7 +20,7 @@ from packloop.engine.planner.policy import MemoryPlan
 from packloop.errors import ConfigError
 from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend, prepare_layout
 from packloop.kernels.operations import Operations, choose_operations
-from packloop.kernels.patch import why_not_fused
+from packloop.kernels.patch import why_not_fused, why_not_interleaved
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,12 @@ def patch_options(config: RunConfig, model: nn.Module) -> dict:
         "recompute_layers": count_layers(config.train.gradient_checkpointing, num_layers),
         "cached_layers": count_layers(config.kernels.dequant_cache, num_layers),
         "keep_inputs_layers": count_layers(config.kernels.keep_inputs, num_layers),
-        "operations": _operations_of(config),
+        "operations": operations_of(config),
     }
 
 
-def _operations_of(config: RunConfig) -> Operations:
+def operations_of(config: RunConfig) -> Operations:
+    """The settings of each operation."""
     return Operations(**{field.name: getattr(config.kernels, field.name) for field in fields(Operations)})
 
 
@@ -85,7 +86,8 @@ def _resolve(
             logger.info("kernels.layer=stock: the fused layer cannot be used: %s", reason)
     attention = _resolve_attention(config, model, loader, device)
     try:
-        operations = choose_operations(_operations_of(config), device, fused=layer == "fused")
+        unfit = {"gated": why_not_interleaved(model) if layer == "fused" else None}
+        operations = choose_operations(operations_of(config), device, fused=layer == "fused", unfit=unfit)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     chosen = {"layer": layer, "attention": attention, **asdict(operations)}
@@ -155,7 +157,7 @@ def _plan(
         fixed=fixed,
         budget_gib=config.train.memory_budget_gib,
         paged_bytes=paged_bytes,
-        operations=_operations_of(config),
+        operations=operations_of(config),
     )
     logger.info("memory: %s: %s", plan, why)
     return plan

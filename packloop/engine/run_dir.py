@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,12 @@ from packloop.config import RunConfig, changed_keys, dump_config, load_config, p
 from packloop.engine.checkpoint import disk_errors, flush, write_atomically
 from packloop.errors import ConfigError, InputError
 
+logger = logging.getLogger(__name__)
+
+# What ran before there was a choice, in runs whose resolved configuration does not name it.
+_UNNAMED = {"kernels.matmul": "torch", "kernels.gated": "none"}
+# What a resumed run may have instead, since not every machine has what its checkpoint names.
+_INSTEAD_ON_RESUME = {"kernels.gated": "none"}
 # Settings that do not touch the numbers of a run, so a resumed run may have others.
 _FREE_ON_RESUME = ("train.output_dir", "train.eval_every", "checkpoint.", "log.")
 
@@ -35,13 +42,15 @@ def config_for_resume(given: RunConfig, checkpoint_dir: Path) -> RunConfig:
 
     ConfigError names every setting that differs and would change the run's numbers.
     """
-    old = load_config(checkpoint_dir / "config.resolved.yaml")
+    old = _resolved_config(checkpoint_dir / "config.resolved.yaml")
     values = given.model_dump()
     changed = {}
     for key, (before, now) in changed_keys(old, given).items():
         if now == "auto":
             section, name = key.split(".")
             values[section][name] = getattr(getattr(old, section), name)
+        elif _INSTEAD_ON_RESUME.get(key) == now:
+            logger.warning("%s=%s in the checkpoint, %s from here on: equal to rounding only", key, before, now)
         elif not key.startswith(_FREE_ON_RESUME):
             changed[key] = f"{key}: {before!r} in the checkpoint, {now!r} given"
     if changed:
@@ -49,6 +58,16 @@ def config_for_resume(given: RunConfig, checkpoint_dir: Path) -> RunConfig:
             f"cannot resume under another configuration ({'; '.join(changed.values())}); "
             "give the checkpoint's values, or start a new run in another train.output_dir"
         )
+    return parse_config(values)
+
+
+def _resolved_config(path: Path) -> RunConfig:
+    """A run's configuration, where nothing that `auto` chooses is `auto` any more."""
+    values = load_config(path).model_dump()
+    for key, ran in _UNNAMED.items():
+        section, name = key.split(".")
+        if values[section][name] == "auto":
+            values[section][name] = ran
     return parse_config(values)
 
 

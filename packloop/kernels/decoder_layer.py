@@ -33,7 +33,7 @@ from packloop.kernels.extended_weight import (
     new_rows,
     with_spare_columns,
 )
-from packloop.kernels.gated import gated_group_forward, gated_group_gradient_, halves
+from packloop.kernels.gated import deinterleave, gated_group_forward, gated_group_gradient_
 from packloop.kernels.lora_linear import (
     Dropout,
     LoraGroup,
@@ -232,7 +232,7 @@ def _normed(layer: FusedLayer, group: str, residual: Tensor, update: Tensor | No
 
 def _gate_and_up(layer: FusedLayer, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     both = gate_up[:, : sum(layer.groups["gate_up"].out_features)]
-    return halves(both) if layer.is_gated else both.chunk(2, dim=1)
+    return deinterleave(both) if layer.is_gated else both.chunk(2, dim=1)
 
 
 def _forward(
@@ -365,7 +365,7 @@ def _backward(
         return wide[:, : x.shape[1]]
 
     def gate_and_up_gradient(dy_wide: Tensor) -> Tensor | None:
-        """Gradient of gate and up, written over them; returns hidden where the adapter's gradient needs it."""
+        """Gradient of gate and up, written over them; returns hidden where it was kept or made again."""
         gate, up = _gate_and_up(layer, kept.gate_up)
         num_features = gate.shape[1]
         if layer.gates_backward(batch):

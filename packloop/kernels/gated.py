@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,52 +29,61 @@ from packloop.kernels.lora_linear import Dropout, LoraGroup, lora_project
 # `torch` is no setting: it stands for the same layout without quack.
 GatedLibrary = Literal["auto", "quack", "torch", "none"]
 
-_DTYPES = (torch.bfloat16, torch.float16)
-_HOPPER = 9
-
-
-class Tile(NamedTuple):
-    """What of quack's GemmConfig differs: the tile of a block, and whether two tiles take turns in it."""
-
-    m: int
-    n: int
-    pingpong: bool
-
-
-# Of those that quack's own tuner tries for gated products on Hopper, where a step is as long with the next best; each
-# compiles for some seconds.
-FORWARD_TILE = Tile(128, 192, pingpong=True)
-BACKWARD_TILE = Tile(128, 192, pingpong=True)
+_DTYPE = torch.bfloat16
+HOPPER = 9
+_INSTALL = "pip install 'quack-kernels[cu13]>=0.6.5,<0.7'"
 
 
 def why_not_quack(device: torch.device) -> str | None:
-    """None where quack's products can run on the device, otherwise why not."""
+    """None where quack can be imported for the device, otherwise why not. Compiles nothing."""
     if device.type != "cuda":
         return f"needs a CUDA GPU, the device is {device.type}"
     capability = torch.cuda.get_device_capability(device)
-    if capability[0] != _HOPPER:
+    if capability[0] != HOPPER:
         return f"needs a GPU of compute capability 9.x, this one has {capability[0]}.{capability[1]}"
-    return _why_not_installed() or _why_not_usable()
+    return _why_not_installed() or _why_not_importable()
+
+
+def why_not_gated(device: torch.device) -> str | None:
+    """None where quack's gated products run on the device, otherwise why not: two small ones are tried.
+
+    Both compile for some seconds, as the first step's would, and stay in quack's cache.
+    """
+    return why_not_quack(device) or _why_not_running(device)
 
 
 @cache
 def _why_not_installed() -> str | None:
     if importlib.util.find_spec("quack") is None:
-        return "needs quack-kernels, which is not installed: pip install 'quack-kernels[cu13]'"
+        return f"needs quack-kernels, which is not installed: {_INSTALL}"
     return None
 
 
 @cache
-def _why_not_usable() -> str | None:
+def _why_not_importable() -> str | None:
     try:
         from quack.epilogue.library import linear_act_mod
+        from quack.gemm_interface import gemm_act, gemm_dact  # noqa: F401
 
+        _config()
         linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=False, has_colvec=False)
-    except TypeError:
-        # Elsewhere it takes cutlass's functions for parts of its epilogues, which have no name for it to keep them by.
-        return "needs quack-kernels and nvidia-cutlass-dsl in a directory called site-packages"
     except Exception as error:  # what an import raises is the package's affair
-        return f"cannot import quack-kernels ({type(error).__name__}: {error})"
+        # Elsewhere it takes cutlass's functions for parts of its epilogues, which have no name for it to keep them by.
+        place = "; it has to lie in a directory called site-packages" if isinstance(error, TypeError) else ""
+        return f"cannot be used ({type(error).__name__}: {error}){place}; packloop is written for 0.6.5: {_INSTALL}"
+    return None
+
+
+@cache
+def _why_not_running(device: torch.device) -> str | None:
+    try:
+        x, rows = (torch.ones(size, 64, device=device, dtype=_DTYPE) for size in (8, 256))
+        preact, hidden = (torch.empty(8, size, device=device, dtype=_DTYPE) for size in (256, 128))
+        gated_forward(x, rows, preact_out=preact, hidden_out=hidden, by="quack")
+        gated_backward(x, rows[:128].T.contiguous(), preact, d_preact_out=preact, hidden_out=hidden, by="quack")
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of a compiler, a driver or a cache, none of them ours
+        return f"fails on this machine ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
     return None
 
 
@@ -85,15 +94,16 @@ def library_for(weight_dtype: torch.dtype, device: torch.device, by: GatedLibrar
     """
     if by in ("torch", "none"):
         return by
-    reason = why_not_quack(device)
-    if reason is None and weight_dtype not in _DTYPES:
-        reason = f"needs bfloat16 or float16, the weights are {weight_dtype}"
+    if weight_dtype == _DTYPE:
+        reason = why_not_gated(device)
+    else:
+        reason = f"needs model.dtype=bfloat16, the weights are {str(weight_dtype).removeprefix('torch.')}"
     if by == "quack" and reason:
         raise ValueError(f"quack {reason}")
     return "none" if reason else "quack"
 
 
-def halves(preact: Tensor) -> tuple[Tensor, Tensor]:
+def deinterleave(preact: Tensor) -> tuple[Tensor, Tensor]:
     """(gate, up) [T, I] in an interleaved [T, 2I]: every other column."""
     return preact[:, 0::2], preact[:, 1::2]
 
@@ -105,14 +115,13 @@ def gated_forward(
     preact_out: Tensor,
     hidden_out: Tensor,
     by: Literal["quack", "torch"],
-    tile: Tile = FORWARD_TILE,
 ) -> None:
     """Fills `preact_out` [T, 2I] with `x W^T` and `hidden_out` [T, I] with its SwiGLU, without autograd."""
     if by == "torch":
         torch.mm(x_TK, w_OK.T, out=preact_out)
-        hidden_out.copy_(reference.swiglu(*halves(preact_out)))
+        hidden_out.copy_(reference.swiglu(*deinterleave(preact_out)))
         return
-    torch.ops.packloop.gated_forward(x_TK, w_OK.T, preact_out, hidden_out, *tile)
+    torch.ops.packloop.gated_forward(x_TK, w_OK.T, preact_out, hidden_out)
 
 
 def gated_backward(
@@ -123,21 +132,20 @@ def gated_backward(
     d_preact_out: Tensor,
     hidden_out: Tensor,
     by: Literal["quack", "torch"],
-    tile: Tile = BACKWARD_TILE,
 ) -> None:
     """Fills `d_preact_out` [T, 2I] with the gradient of `preact` for `dy W` as hidden's, and `hidden_out` with hidden.
 
     `d_preact_out` may be `preact` itself: a block has loaded what it overwrites, and no other block's tile holds it.
     """
     if by == "torch":
-        gate, up = halves(preact)
+        gate, up = deinterleave(preact)
         hidden = reference.swiglu(gate, up)
         gradients = reference.swiglu_backward(dy_TK @ w_KI, gate, up)
-        for target, gradient in zip(halves(d_preact_out), gradients):
+        for target, gradient in zip(deinterleave(d_preact_out), gradients):
             target.copy_(gradient)
         hidden_out.copy_(hidden)
         return
-    torch.ops.packloop.gated_backward(dy_TK, w_KI, preact, d_preact_out, hidden_out, *tile)
+    torch.ops.packloop.gated_backward(dy_TK, w_KI, preact, d_preact_out, hidden_out)
 
 
 @torch.no_grad()
@@ -179,46 +187,51 @@ def gated_group_gradient_(
     return hidden
 
 
-def _run_forward(x_TK: Tensor, w_KO: Tensor, preact: Tensor, hidden: Tensor, m: int, n: int, pingpong: bool) -> None:
+def _run_forward(x_TK: Tensor, w_KO: Tensor, preact: Tensor, hidden: Tensor) -> None:
     from quack.gemm_interface import gemm_act
 
-    buffers = {"preact_out": preact, "postact_out": hidden}
-    gemm_act(x_TK, w_KO, activation="swiglu", config=_config(Tile(m, n, pingpong)), tuned=False, **buffers)
+    gemm_act(x_TK, w_KO, activation="swiglu", preact_out=preact, postact_out=hidden, config=_config(), tuned=False)
 
 
-def _run_backward(
-    dy_TK: Tensor, w_KI: Tensor, preact: Tensor, d_preact: Tensor, hidden: Tensor, m: int, n: int, pingpong: bool
-) -> None:
+def _run_backward(dy_TK: Tensor, w_KI: Tensor, preact: Tensor, d_preact: Tensor, hidden: Tensor) -> None:
     from quack.gemm_interface import gemm_dact
 
-    buffers = {"dx_out": d_preact, "postact_out": hidden}
-    options = {"config": _config(Tile(m, n, pingpong)), "tuned": False, "dynamic_scheduler": False}
-    gemm_dact(dy_TK, w_KI, preact, activation="swiglu", **options, **buffers)
+    gemm_dact(
+        dy_TK,
+        w_KI,
+        preact,
+        activation="swiglu",
+        dx_out=d_preact,
+        postact_out=hidden,
+        config=_config(),
+        tuned=False,
+        dynamic_scheduler=False,
+    )
 
 
 # Operators, so that profiles show whose products these are and of which shapes.
 _LIBRARY = torch.library.Library("packloop", "FRAGMENT")
-_TILE = "int m, int n, bool pingpong"
-_LIBRARY.define(f"gated_forward(Tensor x, Tensor w, Tensor(a!) preact, Tensor(b!) hidden, {_TILE}) -> ()")
-_LIBRARY.define(
-    f"gated_backward(Tensor dy, Tensor w, Tensor preact, Tensor(a!) d_preact, Tensor(b!) hidden, {_TILE}) -> ()"
-)
+_LIBRARY.define("gated_forward(Tensor x, Tensor w, Tensor(a!) preact, Tensor(b!) hidden) -> ()")
+_LIBRARY.define("gated_backward(Tensor dy, Tensor w, Tensor preact, Tensor(a!) d_preact, Tensor(b!) hidden) -> ()")
 _LIBRARY.impl("gated_forward", _run_forward, "CUDA")
 _LIBRARY.impl("gated_backward", _run_backward, "CUDA")
 
 
 @cache
-def _config(tile: Tile):
+def _config():
+    """Tiles of 128 x 192, two of them in turns in a block: of those that quack's tuner tries on Hopper, which make no
+    difference to a step's time, one that is fast in both directions.
+    """
     from quack.gemm_config import GemmConfig
 
     return GemmConfig(
-        tile_m=tile.m,
-        tile_n=tile.n,
-        pingpong=tile.pingpong,
+        tile_m=128,
+        tile_n=192,
+        pingpong=True,
         cluster_m=2,
         cluster_n=1,
         swap_ab=False,
-        device_capacity=_HOPPER,
+        device_capacity=HOPPER,
         is_dynamic_persistent=False,
         use_tma_gather=False,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 import torch
 
-from packloop.kernels.gated import GatedLibrary, why_not_quack
+from packloop.kernels.gated import GatedLibrary, why_not_gated
 from packloop.kernels.matmul import ProductLibrary, why_not_cublaslt
 from packloop.kernels.reference import Implementation, why_not_triton
 
@@ -38,27 +40,40 @@ _OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul", "gated")
 _CHOICES = {"matmul": ("cublaslt", "torch"), "gated": ("quack", "none")}
 
 
-def choose_operations(requested: Operations, device: torch.device, *, fused: bool) -> Operations:
+def choose_operations(
+    requested: Operations,
+    device: torch.device,
+    *,
+    fused: bool,
+    unfit: Mapping[str, str | None] = MappingProxyType({}),
+) -> Operations:
     """The operations with every `auto` replaced: Triton, cuBLASLt or quack where it runs on the device, else PyTorch.
 
     Stock layers run none of these, so their part is `torch`, or `none` for gated; so is matmul's under deterministic
-    algorithms, where `cublaslt` may be asked for and runs torch's products. Raises ValueError where one is asked for
-    and cannot run, with the remedy.
+    algorithms, where `cublaslt` may be asked for and runs torch's products. gated=auto is `none` as well where torch is
+    asked for in swiglu's or matmul's place. unfit: by operation, why its fastest does not suit the model, if so. Raises
+    ValueError where one is asked for and cannot run, with the remedy.
     """
-    why_not = {"triton": why_not_triton, "cublaslt": why_not_cublaslt, "quack": why_not_quack}
+    why_not = {"triton": why_not_triton, "cublaslt": why_not_cublaslt, "quack": why_not_gated}
+    to_torch = {
+        "matmul": torch.are_deterministic_algorithms_enabled(),
+        "gated": "torch" in (requested.swiglu, requested.matmul),
+    }
     chosen = {}
     for name, implementation in asdict(requested).items():
         fastest, otherwise = _CHOICES.get(name, ("triton", "torch"))
         if implementation not in ("auto", fastest):
             chosen[name] = implementation
             continue
+        if implementation == "auto" and to_torch.get(name):
+            chosen[name] = otherwise
+            continue
         in_stock_code = not fused and name in _OF_FUSED_LAYERS
-        reason = "kernels.layer=stock runs Hugging Face's own code" if in_stock_code else None
-        reason = why_not[fastest](device) or reason
+        reason = "kernels.layer=stock runs Hugging Face's own code" if in_stock_code else unfit.get(name)
+        reason = reason or why_not[fastest](device)
         if implementation == fastest and reason:
-            raise ValueError(f"kernels.{name}={fastest}: {reason}; use kernels.{name}=auto")
-        if implementation == "auto":
-            is_torchs = name == "matmul" and torch.are_deterministic_algorithms_enabled()
-            implementation = otherwise if reason or is_torchs else fastest
-        chosen[name] = implementation
+            # A resumed run's `auto` is what its checkpoint has, which of gated may be another than this machine's.
+            remedy = "none" if name == "gated" else "auto"
+            raise ValueError(f"kernels.{name}={fastest}: {reason}; use kernels.{name}={remedy}")
+        chosen[name] = otherwise if reason else fastest
     return Operations(**chosen)

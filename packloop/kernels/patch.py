@@ -134,6 +134,17 @@ def why_not_fused(model: nn.Module) -> str | None:
     return None
 
 
+def why_not_interleaved(model: nn.Module) -> str | None:
+    """None where gate and up can lie in turns as `kernels.gated=quack` needs them, otherwise what stands against it."""
+    llama = find_llama(model)
+    dtype = llama.model.norm.weight.dtype
+    if dtype != torch.bfloat16:
+        return f"needs model.dtype=bfloat16, given {str(dtype).removeprefix('torch.')}"
+    if not any(_interleaves(*_linears(layer, "gate_up")) for layer in llama.model.layers):
+        return "needs an NF4 base and, of gate and up, sizes and a sum of the adapters' ranks in multiples of 8"
+    return None
+
+
 def packed_loss_sum(
     llama: LlamaForCausalLM,
     input_ids_BL: Tensor,
@@ -251,9 +262,7 @@ def _fuse(
     norm = layer.input_layernorm.weight
     operations = replace(operations, gated=library_for(norm.dtype, norm.device, operations.gated))
     for name in GROUPS:
-        modules = [layer.get_submodule(member) for member in _GROUP_MEMBERS[name]]
-        bases = [getattr(module, "base_layer", module) for module in modules]
-        loras = [_adapter(module) for module in modules]
+        bases, loras = _linears(layer, name)
         members = [base.weight for base in bases]
         interleaved = name == "gate_up" and operations.gated != "none" and _interleaves(bases, loras)
         groups[name] = adapters.group([base.out_features for base in bases], loras, interleaved=interleaved)
@@ -275,6 +284,12 @@ def _fuse(
         keeps=keeps,
         operations=operations,
     )
+
+
+def _linears(layer: nn.Module, group: str) -> tuple[list[nn.Module], list[Lora | None]]:
+    """The group's linear layers of the base, and the adapter of each."""
+    modules = [layer.get_submodule(member) for member in _GROUP_MEMBERS[group]]
+    return [getattr(module, "base_layer", module) for module in modules], [_adapter(module) for module in modules]
 
 
 def _interleaves(bases: list[nn.Module], loras: list[Lora | None]) -> bool:

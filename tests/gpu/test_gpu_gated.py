@@ -10,7 +10,7 @@ from packloop.config import LoraConfig, ModelConfig
 from packloop.engine.model import load_model
 from packloop.engine.optim import FlatParameters
 from packloop.kernels import gated, reference
-from packloop.kernels.gated import gated_backward, gated_forward, halves
+from packloop.kernels.gated import deinterleave, gated_backward, gated_forward
 from packloop.kernels.operations import Operations
 from packloop.kernels.patch import packed_loss_sum, patched
 
@@ -42,7 +42,7 @@ def test_forward(num_tokens: int, num_hidden: int, num_features: int, num_spare:
     gated_forward(x, rows, preact_out=preact, hidden_out=hidden, by="quack")
     exact, stock = x.double() @ rows.double().T, x @ rows.T
     assert_no_worse(preact, stock, exact, 2)
-    assert_no_worse(hidden, reference.swiglu(*halves(stock)), reference.swiglu(*halves(exact)), 2)
+    assert_no_worse(hidden, reference.swiglu(*deinterleave(stock)), reference.swiglu(*deinterleave(exact)), 2)
     assert wide[:, 2 * num_features :].isnan().all()
     assert beside[:, num_features:].isnan().all()
     again = torch.empty_like(preact), torch.empty_like(hidden)
@@ -61,11 +61,11 @@ def test_backward_over_its_input(num_tokens: int, num_hidden: int, num_features:
     preact.copy_(given)
     hidden, apart = torch.empty(num_tokens, num_features, device=DEVICE, dtype=torch.bfloat16), torch.empty_like(given)
     gated_backward(dy, weight, preact, d_preact_out=apart, hidden_out=hidden, by="quack")
-    exact = reference.swiglu_backward(dy.double() @ weight.double(), *halves(given.double()))
-    stock = reference.swiglu_backward(dy @ weight, *halves(given))
-    for found, other, value in zip(halves(apart), stock, exact):
+    exact = reference.swiglu_backward(dy.double() @ weight.double(), *deinterleave(given.double()))
+    stock = reference.swiglu_backward(dy @ weight, *deinterleave(given))
+    for found, other, value in zip(deinterleave(apart), stock, exact):
         assert_no_worse(found, other, value, 3)
-    assert_no_worse(hidden, reference.swiglu(*halves(given)), reference.swiglu(*halves(given.double())), 2)
+    assert_no_worse(hidden, reference.swiglu(*deinterleave(given)), reference.swiglu(*deinterleave(given.double())), 2)
     for _ in range(10):  # no block reads what another has overwritten
         preact.copy_(given)
         gated_backward(dy, weight, preact, d_preact_out=preact, hidden_out=hidden, by="quack")

@@ -22,7 +22,7 @@ _ROUNDS, _ROUND_BYTES = 16, 64 * 2**20
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings and what they are predicted to take. global_batch: packs of an optimizer step."""
+    """Settings and what they are predicted to take. global_batch: packs of an optimizer step. is_gated: by quack."""
 
     batch: int
     accumulation: int
@@ -30,6 +30,7 @@ class Candidate:
     plan: MemoryPlan
     memory: MemoryForecast
     time: StepForecast
+    is_gated: bool = False
 
     @property
     def global_batch(self) -> int:
@@ -45,6 +46,7 @@ class Candidate:
             f"kernels.dequant_cache={self.plan.cached_layers}",
             f"kernels.keep_inputs={self.plan.keep_inputs_layers}",
             f"kernels.attention={self.attention}",
+            *(["kernels.gated=quack"] if self.is_gated else []),
         ]
 
 
@@ -126,7 +128,13 @@ class Search:
         self, batch: int, accumulation: int, memory: MemoryModel, time: TimeModel, plan: MemoryPlan
     ) -> Candidate:
         return Candidate(
-            batch, accumulation, time.load.attention, plan, memory.forecast(plan), time.step(plan, accumulation)
+            batch,
+            accumulation,
+            time.load.attention,
+            plan,
+            memory.forecast(plan),
+            time.step(plan, accumulation),
+            is_gated=self.shape.is_gated,
         )
 
 
