@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -92,6 +93,17 @@ def test_forward_recomputation_and_backward_are_told_apart(tiny_job, tmp_path, l
     joined = step.parts["forward", "LoRA"].joined_ms > 0
     assert joined == (layer == "fused")
     assert (step.rebuilt_ms > 0) == (layer == "fused")
+
+
+def test_gated_products_are_the_bases_products(tiny_job, tmp_path):
+    job = tiny_job()
+    options = job.resolve()
+    options["operations"] = replace(options["operations"], gated="torch")
+    step = profile_steps(job, options, steps=1, warmup=1, trace=tmp_path / "trace.json").breakdowns[0]
+    whole = 2.0 * 2 * SLOTS * BASE_WEIGHTS
+    assert step.parts["forward", "base GEMM"].flops == pytest.approx(whole, rel=1e-5)
+    left_out = 2.0 * 2 * SLOTS * 3 * HIDDEN * HIDDEN
+    assert step.parts["backward", "base GEMM"].flops == pytest.approx(whole - left_out, rel=1e-5)
 
 
 def test_cached_weights_leave_no_dequantisation(tiny_job, tmp_path):

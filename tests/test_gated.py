@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_job import small_config, write_rows
 from test_fused_layer import TARGETS, loss_and_gradient, make_model
 from tiny_run import save_base
 
-from packloop.kernels import reference
+from packloop.config import LoraConfig, ModelConfig, load_config
+from packloop.engine.loop import train
+from packloop.engine.model import load_model
+from packloop.errors import ConfigError
+from packloop.kernels import operations, reference
 from packloop.kernels.adapters import AdapterCopies
 from packloop.kernels.base_weights import GroupWeights
 from packloop.kernels.decoder_layer import activation_bytes
 from packloop.kernels.gated import deinterleave, gated_backward, gated_forward
 from packloop.kernels.lora_linear import Lora, lora_b_gradients
 from packloop.kernels.operations import Operations
-from packloop.kernels.patch import find_llama, patched
+from packloop.kernels.patch import find_llama, patched, why_not_interleaved
 
+CPU = torch.device("cpu")
 MIXED = {"gate": ["gate_proj", "q_proj"], "up": ["up_proj", "down_proj"], "down": ["down_proj"], **TARGETS}
 MEMORY = [{"recompute_layers": 2}, {"keep_inputs_layers": 2}, {"cached_layers": 2}]
 GATED, PLAIN = Operations(gated="torch"), Operations(gated="none")
@@ -66,6 +72,33 @@ def test_what_cannot_interleave_keeps_its_own_passes(base, options: dict, operat
     loss, gradient = loss_and_gradient(model, flat, fused=True, operations=operations)
     assert loss == expected_loss
     assert torch.equal(gradient, expected)
+
+
+def test_auto_asks_the_model_before_it_takes_quack(base, monkeypatch):
+    monkeypatch.setattr(operations, "why_not_gated", lambda device: None)  # as on a Hopper GPU with quack
+
+    def chosen(dtype: str = "bfloat16", quantization: str = "nf4", r: int = 8) -> tuple[str, str | None]:
+        described = ModelConfig(name_or_path=str(base), dtype=dtype, quantization=quantization)
+        model = load_model(described, LoraConfig(r=r, target_modules="all-linear"), CPU)
+        reason = why_not_interleaved(model)
+        return operations.choose_operations(Operations(), CPU, fused=True, unfit={"gated": reason}).gated, reason
+
+    assert chosen() == ("quack", None)
+    assert chosen(dtype="float32") == ("none", "needs model.dtype=bfloat16, given float32")
+    for options in ({"quantization": "none"}, {"r": 3}):
+        found, reason = chosen(**options)
+        assert found == "none"
+        assert "needs an NF4 base" in reason
+
+
+def test_a_float32_run_goes_without_quack_where_it_could_run(small_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(operations, "why_not_gated", lambda device: None)
+    rows = write_rows(tmp_path / "rows.jsonl", 8)
+    train(small_config(small_base, rows, tmp_path / "run", train={"max_steps": 1}, kernels={"layer": "fused"}))
+    assert load_config(tmp_path / "run" / "config.resolved.yaml").kernels.gated == "none"
+    asked = small_config(small_base, rows, tmp_path / "asked", train={"max_steps": 1}, kernels={"gated": "quack"})
+    with pytest.raises(ConfigError, match=r"kernels\.gated=quack: needs model\.dtype=bfloat16, given"):
+        train(asked)
 
 
 def test_down_with_a_rank_that_does_not_align_takes_the_strided_pass_back(base):
