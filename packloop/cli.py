@@ -363,6 +363,15 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        from packloop.engine.budget import is_out_of_memory
+        from packloop.engine.out_of_memory import first_sentence
+
+        if _options.debug or not is_out_of_memory(error):
+            raise
+        remedy = "use smaller batches, a shorter length or a GPU with more memory"
+        print(f"error: out of memory ({first_sentence(error)}); {remedy}", file=sys.stderr)
+        sys.exit(3)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

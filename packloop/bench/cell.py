@@ -184,8 +184,10 @@ def _gate_run(config: RunConfig, subject: Subject, data: TrainingData) -> gates.
     config, pad_token_id = gates.gate_config(config), subject.tokenizer.pad_token_id
     try:
         return take_gate_steps(config, subject.base, data, pad_token_id)
-    except torch.OutOfMemoryError:
-        pass  # and no more in here: the error's traceback holds the activations of the step that found no room
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # And no more in here: the error's traceback holds the activations of the step that found no room.
     smallest = {"kernels": {"dequant_cache": 0, "keep_inputs": 0}, "train": {"gradient_checkpointing": "all"}}
     sections = {name: getattr(config, name).model_copy(update=values) for name, values in smallest.items()}
     return take_gate_steps(config.model_copy(update=sections), subject.base, data, pad_token_id)
@@ -220,8 +222,9 @@ def take_references(directory: Path, plan: sessions.Plan, keys: list[str]) -> No
         for way in ways:
             try:
                 run = take_gate_steps(way, subject.base, data, subject.tokenizer.pad_token_id)
-            except (torch.OutOfMemoryError, OutOfMemoryError):
-                if way is ways[-1]:
+            except (RuntimeError, OutOfMemoryError) as error:
+                is_memory = isinstance(error, OutOfMemoryError) or is_out_of_memory(error)
+                if way is ways[-1] or not is_memory:
                     raise
                 continue
             name = gates.describe_way(way)

@@ -14,6 +14,7 @@ from packloop.bench.probe import Probe, probe
 from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import ModelConfig, RunConfig
 from packloop.data.loader import build_data
+from packloop.engine.budget import is_out_of_memory
 from packloop.engine.model import load_base, load_tokenizer
 from packloop.engine.plan import count_layers
 from packloop.engine.planner.policy import MemoryPlan
@@ -115,7 +116,9 @@ def check_at_hand(forecast: Forecast, *, synthetic: str | None) -> Check:
         )
     try:
         measured = probe(config, base, data, tokenizer.pad_token_id, timed_steps=2)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise OutOfMemoryError(
             f"the settings do not fit, {best.memory.counted_gib:.2f} GiB were predicted: {reason}"

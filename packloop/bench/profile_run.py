@@ -29,7 +29,7 @@ from packloop.bench.session import public
 from packloop.bench.shapes import check_shape
 from packloop.bench.steps import Job, memory_figures, synchronize
 from packloop.config import RunConfig
-from packloop.engine.budget import lift_limit, limit_memory
+from packloop.engine.budget import is_out_of_memory, lift_limit, limit_memory
 from packloop.engine.loop import set_numerics
 from packloop.engine.plan import count_layers
 from packloop.errors import InputError, OutOfMemoryError
@@ -58,7 +58,9 @@ def profile_command(
         trace = Path(directory) / "trace.json"
         try:
             result = _profile(config, synthetic, tokenizer, steps=steps, warmup=warmup, trace=trace)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise OutOfMemoryError(
                 f"the steps do not fit the GPU's memory ({str(error).split('.')[0]}); lower "
                 "train.per_device_train_batch_size, or use train.gradient_checkpointing=all"
@@ -158,7 +160,9 @@ def _measure(
         attention = measure_attention(
             llama_config, taken.layouts, num_steps=len(taken.laps), dtype=dtype, device=device
         )
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         logger.warning("floors are left out: their measurement does not fit the memory beside the model")
         return None, []
     return ceilings, attention

@@ -36,6 +36,7 @@ from packloop.engine.metrics import MetricsFile, StepClock, StepConsole, peak_gi
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.model_card import write_adapter_card
 from packloop.engine.optim import AdamW, FlatParameters
+from packloop.engine.out_of_memory import MemoryAccount
 from packloop.engine.plan import layout_preparation, patch_options, resolve_auto
 from packloop.engine.run_dir import (
     check_output_dir,
@@ -145,8 +146,17 @@ def train(
     """Runs the whole job of `config` and writes its output directory; `resume` is `latest` or a checkpoint's path.
 
     on_step: called on every rank with each step's metrics. Raises InputError (and ConfigError) with one line for
-    anything the user can mend; checkpoints already written stay valid.
+    anything the user can mend, OutOfMemoryError with a table of where the memory went; checkpoints already written stay
+    valid.
     """
+    account = MemoryAccount(config)
+    with account.settles():
+        return _train(config, resume, on_step, account)
+
+
+def _train(
+    config: RunConfig, resume: str | None, on_step: Callable[[dict], None] | None, account: MemoryAccount
+) -> TrainResult:
     run_dir = Path(config.train.output_dir)
     check_output_dir(run_dir, resume=resume)
     check_trackers(config.log.trackers)
@@ -171,8 +181,9 @@ def train(
     model = load_model(config.model, config.lora, accelerator.device)
     flat = FlatParameters(model)
     optimizer = make_optimizer(config, flat)
+    account.model, account.paged_bytes = model, optimizer.paged_bytes
     loader = make_loader(config, data, tokenizer.pad_token_id, accelerator)
-    config = resolve_auto(config, model, loader, accelerator, paged_bytes=optimizer.paged_bytes)
+    account.config = config = resolve_auto(config, model, loader, accelerator, paged_bytes=optimizer.paged_bytes)
     num_steps = config.train.max_steps or math.ceil(config.train.num_train_epochs * loader.steps_per_epoch)
     set_seed(config.train.seed, device_specific=True)  # every rank draws its own dropout
     state = _restore(checkpoint, model, optimizer, loader, accelerator) if checkpoint else TrainState()

@@ -11,9 +11,10 @@ import statistics
 from dataclasses import asdict, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from packloop.engine.budget import GIB, is_out_of_memory, limit_memory, settle_on_gpu
+from packloop.engine.out_of_memory import held, table
 from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price, choose_plan, fits_bytes, smallest_plan
 from packloop.errors import OutOfMemoryError
 from packloop.kernels.decoder_layer import FusedLayer, activation_bytes, decoder_layer
@@ -173,17 +174,12 @@ def _table(model: nn.Module, budget_bytes: float, paged_bytes: int, num_slots: i
     """
     llama = find_llama(model)
     num_layers, hidden = len(llama.model.layers), llama.config.hidden_size
-    trained = [p for p in model.parameters() if p.requires_grad]
-    rows = {
-        "frozen weights": sum(_bytes(p) for p in model.parameters() if not p.requires_grad),
-        "adapter, its gradient": 2 * sum(_bytes(p) for p in trained),
-        "optimizer state": paged_bytes or 2 * sum(_bytes(p) for p in trained),
-    }
+    rows = held(model, paged_bytes)
     if num_slots:
         kept_bytes = num_layers * num_slots * hidden * llama.model.norm.weight.element_size()
         rows[f"inputs of {num_layers} layers, {num_slots:,} slots"] = kept_bytes
     rows["allowed"] = int(budget_bytes)
-    listed = "\n".join(f"  {name:<44}{size / GIB:>8.2f} GiB" for name, size in rows.items())
+    listed = table(rows)
     if not num_slots:
         return (
             f"train.memory_budget_gib={budget_bytes / GIB:g} does not hold the model:\n{listed}\n"
@@ -194,7 +190,3 @@ def _table(model: nn.Module, budget_bytes: float, paged_bytes: int, num_slots: i
         "lower train.per_device_train_batch_size (and raise gradient_accumulation_steps), data.max_length or lora.r, "
         "or raise train.memory_budget_gib"
     )
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -16,6 +16,7 @@ hidden [T, I]. All have adjacent columns; rows may be strided, by multiples of 1
 from __future__ import annotations
 
 import importlib.util
+import logging
 from functools import cache
 from typing import Literal
 
@@ -31,6 +32,7 @@ GatedLibrary = Literal["auto", "quack", "torch", "none"]
 
 _DTYPE = torch.bfloat16
 HOPPER = 9
+logger = logging.getLogger(__name__)
 _INSTALL = "pip install 'quack-kernels[cu13]>=0.6.5,<0.7'"
 
 
@@ -83,7 +85,9 @@ def _why_not_running(device: torch.device) -> str | None:
         gated_backward(x, rows[:128].T.contiguous(), preact, d_preact_out=preact, hidden_out=hidden, by="quack")
         torch.cuda.synchronize(device)
     except Exception as error:  # of a compiler, a driver or a cache, none of them ours
-        return f"fails on this machine ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        reason = f"fails on this machine ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        logger.warning("kernels.gated: quack %s", reason)
+        return reason
     return None
 
 
