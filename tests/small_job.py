@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from tiny_run import run_config
 
@@ -38,6 +40,11 @@ def rows(num_rows: int) -> list[dict[str, str]]:
 def write_rows(path: Path, num_rows: int = 23) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(num_rows)), encoding="utf-8")
     return path
+
+
+def too_long() -> int:
+    """Tokens for which eager attention's scores of the tiny model, 4 heads in fp32, need twice this host's memory."""
+    return math.ceil(math.sqrt(2 * psutil.virtual_memory().total / (4 * 4)))
 
 
 def small_config(base: Path, source: Path, run_dir: Path, **sections: dict) -> RunConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from small_job import too_long
 from typer.testing import CliRunner
 
 from packloop.bench import session as sessions
@@ -47,11 +47,6 @@ def write(directory: Path, **keys) -> Path:
     path = directory / "matrix.yaml"
     path.write_text(yaml.safe_dump(TINY | keys, sort_keys=False))
     return path
-
-
-def too_long() -> int:
-    """Tokens for which eager attention's scores of the tiny model, 4 heads in fp32, need twice this host's memory."""
-    return math.ceil(math.sqrt(2 * psutil.virtual_memory().total / (4 * 4)))
 
 
 def start(matrix: Path, output: Path) -> subprocess.Popen:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from small_job import small_config, write_rows
+from small_job import small_config, too_long, write_rows
 
 from packloop import cli
 from packloop.config import dump_config
@@ -24,11 +22,6 @@ SAID = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("Triton Error [CUDA]: out of memory"),
 ]
-
-
-def too_long() -> int:
-    """Tokens for which eager attention's scores, 4 heads in fp32, need twice this host's memory."""
-    return math.ceil(math.sqrt(2 * psutil.virtual_memory().total / (4 * 4)))
 
 
 def test_a_step_that_finds_no_room_tells_where_memory_went(tmp_path, monkeypatch, capsys):

@@ -30,9 +30,10 @@ from packloop.kernels.lora_linear import Dropout, LoraGroup, lora_project
 # `torch` is no setting: it stands for the same layout without quack.
 GatedLibrary = Literal["auto", "quack", "torch", "none"]
 
-_DTYPE = torch.bfloat16
-HOPPER = 9
 logger = logging.getLogger(__name__)
+
+HOPPER = 9
+_DTYPE = torch.bfloat16
 _INSTALL = "pip install 'quack-kernels[cu13]>=0.6.5,<0.7'"
 
 
