@@ -88,7 +88,7 @@ def test_auto_asks_the_model_before_it_takes_quack(base, monkeypatch):
     for options in ({"quantization": "none"}, {"r": 3}):
         found, reason = chosen(**options)
         assert found == "none"
-        assert "needs an NF4 base" in reason
+        assert "needs bfloat16, an NF4 base" in reason
 
 
 def test_a_float32_run_goes_without_quack_where_it_could_run(small_base, tmp_path, monkeypatch):

@@ -133,7 +133,8 @@ def test_a_quack_that_is_there_and_cannot_be_used(monkeypatch, tmp_path, source,
     (tmp_path / "quack" / "gemm_config.py").write_text("GemmConfig = dict")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    asked_once = (gated._why_not_installed, gated._why_not_importable, gated._why_not_running, gated._config)
+    asked_once = (gated._why_not_installed, gated._why_not_importable, gated._why_not_running)
+    asked_once += (gated._products, gated._config)
     for function in asked_once:
         function.cache_clear()
     try:

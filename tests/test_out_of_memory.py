@@ -73,7 +73,7 @@ def test_checkpoints_of_before_are_kept_and_a_run_goes_on_from_them(small_base, 
     with pytest.raises(OutOfMemoryError, match=r"out of memory \(.*\):\n  frozen weights") as caught:
         train(config)
     assert caught.value.exit_code == 3
-    assert caught.value.__cause__ is None
+    assert caught.value.__cause__ is said, "which --debug shows"
     monkeypatch.setattr(loop, "train_step", whole)
     assert train(config, resume="latest").state.step == 3
 

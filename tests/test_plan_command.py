@@ -59,6 +59,9 @@ def test_gated_products_are_planned_for_where_they_are_asked_for_or_at_hand(monk
     assert "kernels.gated=quack" in gated.overrides
     with pytest.raises(InputError, match=r"kernels\.gated=quack: the a10g has compute capability 8\.6, 9\.x is needed"):
         fastest("quack", gpu="a10g")
+    unfit = load_config(RECIPE, ["kernels.gated=quack", "model.quantization=none"])
+    with pytest.raises(InputError, match=r"kernels\.gated=quack: needs bfloat16, an NF4 base"):
+        plan(unfit, gpu="h200", budget="20GiB", synthetic="tiny")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")

@@ -28,6 +28,7 @@ from packloop.gpus import Gpu, find_gpu, require_gpu
 from packloop.kernels.flash_attention import NEEDED_CAPABILITY
 from packloop.kernels.gated import HOPPER, why_not_quack
 from packloop.kernels.operations import Operations
+from packloop.kernels.patch import NEEDED_OF_MODEL
 
 _UNITS = {"": GIB, "gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 # Packs that averages are taken over.
@@ -78,6 +79,8 @@ def plan(
     if switched := [one.name for one in fields(Operations) if getattr(config.kernels, one.name) == "torch"]:
         notes.append(f"kernels.{', '.join(switched)}=torch: predicted as if auto, which is faster and takes less")
     shape = replace(ModelShape.of_run(architecture, config), gated=_is_gated(config.kernels.gated, chosen))
+    if config.kernels.gated == "quack" and not shape.is_gated:
+        raise InputError(f"kernels.gated=quack: {NEEDED_OF_MODEL}; use kernels.gated=none")
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
     data = build_data(config.data, tokenizer, seed=config.train.seed)
     search = Search(

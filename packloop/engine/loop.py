@@ -150,7 +150,7 @@ def train(
     valid.
     """
     account = MemoryAccount(config)
-    with account.settles():
+    with account.explain_exhaustion():
         return _train(config, resume, on_step, account)
 
 

@@ -28,17 +28,14 @@ class MemoryAccount:
     paged_bytes: int = 0
 
     @contextmanager
-    def settles(self) -> Iterator[None]:
+    def explain_exhaustion(self) -> Iterator[None]:
         """Within, memory that ends is an OutOfMemoryError that says where it went and what to change."""
         try:
             yield
-            return
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            said = first_sentence(error)
-        # Not within the handler: the error's traceback holds the activations of the step that found no room.
-        raise OutOfMemoryError(self._describe(said))
+            raise OutOfMemoryError(self._describe(first_sentence(error))) from error
 
     def _describe(self, said: str) -> str:
         if self.model is None:

@@ -66,8 +66,8 @@ def _why_not_installed() -> str | None:
 def _why_not_importable() -> str | None:
     try:
         from quack.epilogue.library import linear_act_mod
-        from quack.gemm_interface import gemm_act, gemm_dact  # noqa: F401
 
+        _products()
         _config()
         linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=False, has_colvec=False)
     except Exception as error:  # what an import raises is the package's affair
@@ -193,14 +193,12 @@ def gated_group_gradient_(
 
 
 def _run_forward(x_TK: Tensor, w_KO: Tensor, preact: Tensor, hidden: Tensor) -> None:
-    from quack.gemm_interface import gemm_act
-
+    gemm_act, _ = _products()
     gemm_act(x_TK, w_KO, activation="swiglu", preact_out=preact, postact_out=hidden, config=_config(), tuned=False)
 
 
 def _run_backward(dy_TK: Tensor, w_KI: Tensor, preact: Tensor, d_preact: Tensor, hidden: Tensor) -> None:
-    from quack.gemm_interface import gemm_dact
-
+    _, gemm_dact = _products()
     gemm_dact(
         dy_TK,
         w_KI,
@@ -220,6 +218,14 @@ _LIBRARY.define("gated_forward(Tensor x, Tensor w, Tensor(a!) preact, Tensor(b!)
 _LIBRARY.define("gated_backward(Tensor dy, Tensor w, Tensor preact, Tensor(a!) d_preact, Tensor(b!) hidden) -> ()")
 _LIBRARY.impl("gated_forward", _run_forward, "CUDA")
 _LIBRARY.impl("gated_backward", _run_backward, "CUDA")
+
+
+@cache
+def _products():
+    """quack's (gemm_act, gemm_dact)."""
+    from quack.gemm_interface import gemm_act, gemm_dact
+
+    return gemm_act, gemm_dact
 
 
 @cache

@@ -33,6 +33,8 @@ from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.rms_norm import add_rms_norm
 from packloop.kernels.rope import Rotation
 
+# Of a model, for `kernels.gated=quack`.
+NEEDED_OF_MODEL = "needs bfloat16, an NF4 base and, of gate and up, sizes and a sum of adapters' ranks divisible by 8"
 # The stock parameters that the replacements rely on. transformers 5.17 to 5.23 have them.
 _EXPECTED_PARAMETERS = {
     LlamaModel: {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"},
@@ -141,7 +143,7 @@ def why_not_interleaved(model: nn.Module) -> str | None:
     if dtype != torch.bfloat16:
         return f"needs model.dtype=bfloat16, given {str(dtype).removeprefix('torch.')}"
     if not any(_interleaves(*_linears(layer, "gate_up")) for layer in llama.model.layers):
-        return "needs an NF4 base and, of gate and up, sizes and a sum of the adapters' ranks in multiples of 8"
+        return NEEDED_OF_MODEL
     return None
 
 

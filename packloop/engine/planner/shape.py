@@ -131,8 +131,8 @@ class ModelShape:
     def is_gated(self) -> bool:
         """Whether gate and up are interleaved, as `kernels.patch` decides."""
         gate_up = self.group("gate_up")
-        aligned = self.hidden % 8 == 0 and self.intermediate % 8 == 0
-        return self.gated and self.is_nf4 and aligned and gate_up.num_ranks % _RANK_ALIGNMENT == 0
+        aligned = self.hidden % 8 == 0 and self.intermediate % 8 == 0 and gate_up.num_ranks % _RANK_ALIGNMENT == 0
+        return self.gated and self.is_nf4 and self.itemsize == 2 and aligned
 
     @property
     def gates_backward(self) -> bool:
