@@ -12,7 +12,7 @@ from packloop.engine.model import load_model
 from packloop.engine.optim import FlatParameters
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
-from packloop.kernels.lora_linear import _stacked_rows
+from packloop.kernels.lora_linear import _stacked
 from packloop.kernels.patch import packed_loss_sum, patched, why_not_fused
 
 LENGTHS = (5, 19, 8)  # documents of a row, of which the last is padding
@@ -186,12 +186,17 @@ def test_adapters_on_one_input_have_their_gradients_in_one_piece(small_base):
     model, _ = make_model(small_base, quantization="none", targets="all-linear")
     attention = model.base_model.model.model.layers[1].self_attn
     gradients = [getattr(attention, name).lora_A["default"].weight.grad for name in ("q_proj", "k_proj", "v_proj")]
-    stacked = _stacked_rows(gradients)
-    assert stacked.shape == (24, 64)
+    stacked = _stacked(gradients)
+    assert stacked.shape == (3, 8, 64)
+    assert stacked.is_contiguous()
     stacked.fill_(3.0)
     assert all((gradient == 3.0).all() for gradient in gradients)
-    assert _stacked_rows([gradients[0], gradients[2]]) is None
-    assert _stacked_rows([torch.zeros(2, 4), torch.zeros(2, 4)]) is None
+    apart = _stacked([gradients[0], gradients[2]])
+    assert (apart.shape, apart.stride()) == ((2, 8, 64), (2 * 8 * 64, 64, 1))
+    assert _stacked([gradients[0], gradients[1], gradients[2][:, ::2]]) is None  # of another shape
+    assert _stacked([gradients[0], gradients[2], gradients[1]]) is None  # not at equal distances
+    assert _stacked([gradients[2], gradients[0]]) is None
+    assert _stacked([torch.zeros(2, 4), torch.zeros(2, 4)]) is None
 
 
 def test_the_first_layer_makes_no_gradient_for_its_frozen_input(small_base):

@@ -6,7 +6,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from packloop.kernels import reference
+from packloop.kernels import lora_linear, reference
 from packloop.kernels.adapters import AdapterCopies
 from packloop.kernels.base_weights import GroupWeights
 from packloop.kernels.extended_weight import ExtendedWeight, extended_group_forward, extended_input_gradient
@@ -107,6 +107,61 @@ def test_gradients_of_the_masters_are_summed_in_float32_under_a_bf16_base():
     for value, target in zip([d_b[0], d_a], targets):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), target, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("most_ranks", [8, 128])
+@pytest.mark.parametrize(
+    ("out_features", "present", "runs"),
+    [
+        ((16, 16, 16), (True, True, True), [[0, 1, 2]]),
+        ((16, 16, 16), (True, False, True), [[0, 2]]),
+        ((32, 8, 8), (True, True, True), [[0], [1, 2]]),
+        ((8, 8, 16, 8), (True, True, False, True), [[0, 1], [3]]),
+    ],
+)
+def test_members_of_one_shape_at_equal_distances_are_one_batched_product(
+    out_features, present, runs, most_ranks: int, monkeypatch
+):
+    """Added to places as in a flat gradient, where A's lie in a row, then B's; returned where none are given."""
+    monkeypatch.setattr(lora_linear, "_MOST_STACKED_RANKS", most_ranks)
+    loras = [
+        Lora(random(4, 32, seed=10 + i), random(o, 4, seed=20 + i), 0.5) if here else None
+        for i, (o, here) in enumerate(zip(out_features, present))
+    ]
+    copies = AdapterCopies(torch.float64, torch.device("cpu"))
+    group = copies.group(out_features, loras)
+    copies.refresh()
+    assert [[member[0] for member in run] for run in lora_linear._runs(group)] == runs
+    x, dy = random(40, 32, seed=1), random(40, sum(out_features) + 3, seed=2)[:, : sum(out_features)]
+    projected, spare = 0.5 * x @ group.a_RH.T, random(40, group.a_RH.shape[0] + 5)[:, : group.a_RH.shape[0]]
+    flat = random(sum(master.numel() for lora in loras if lora for master in lora[:2]), seed=3)
+    before, places = flat.clone(), {"a": [], "b": []}
+    end = 0
+    for name, index in (("a", 0), ("b", 1)):
+        for lora in loras:
+            if lora is None:
+                places[name] += [None] if name == "b" else []
+                continue
+            places[name].append(flat[end : end + lora[index].numel()].view(lora[index].shape))
+            end += lora[index].numel()
+
+    d_projected, returned = lora_b_gradients(dy, projected, group, None, out=spare, into=places["b"])
+    lora_a_gradient(d_projected, x, group, None, into=places["a"])
+    _, made = lora_b_gradients(dy, projected, group, None)
+    assert d_projected is spare
+    added = flat - before
+    expected_a, expected_b = [], []
+    for (columns, ranks, b_Or), place, alone in zip(group.members(), returned, made):
+        if b_Or is None:
+            assert place is None
+            assert alone is None
+            continue
+        torch.testing.assert_close(spare[:, ranks], 0.5 * dy[:, columns] @ b_Or, rtol=1e-12, atol=1e-12)
+        expected_a.append(spare[:, ranks].T @ x)
+        expected_b.append(dy[:, columns].T @ projected[:, ranks])
+        torch.testing.assert_close(alone, expected_b[-1], rtol=1e-12, atol=1e-12)
+    expected = torch.cat([gradient.flatten() for gradient in expected_a + expected_b])
+    torch.testing.assert_close(added, expected, rtol=1e-11, atol=1e-11)
 
 
 def nf4_members(out_features: tuple[int, ...], num_features: int):

@@ -35,6 +35,10 @@ from packloop.kernels.dropout import (
 from packloop.kernels.matmul import ProductLibrary, matmul
 from packloop.kernels.reference import keep_probability, member_slices
 
+# Gradients of A of one input with more ranks than these, stacked, fill too few tiles of a GPU: 192 x 4,096 over 12,288
+# slots take 59 us on an H200 as one product and 48 as a batch of three, which reads the input from the L2 cache.
+_MOST_STACKED_RANKS = 128
+
 
 class Lora(NamedTuple):
     """The master weights of one adapter, usually float32."""
@@ -173,11 +177,41 @@ def lora_b_gradients(
                 block, total = db_OR[columns, ranks], b_gradients[index]
                 b_gradients[index] = block if total is None else total.add_(block)
         return d_projected_TR, b_gradients
-    for index, (columns, ranks, b_Or) in enumerate(group.members()):
-        if b_Or is not None:
-            d_projected_TR[:, ranks].addmm_(dy_TO[:, columns], b_Or, beta=0, alpha=scale)
-            b_gradients[index] = _wide_product(dy_TO[:, columns].T, projected_TR[:, ranks], b_gradients[index])
+    for run in _runs(group):
+        numbers, columns, ranks, blocks = zip(*run)
+        totals = [b_gradients[number] for number in numbers]
+        b_nOr, total_nOr = _stacked(blocks), None if into is None else _stacked(totals)
+        if len(run) == 1 or b_nOr is None or (into is not None and total_nOr is None):
+            for number, of_y, of_ranks, b_Or in run:
+                d_projected_TR[:, of_ranks].addmm_(dy_TO[:, of_y], b_Or, beta=0, alpha=scale)
+                b_gradients[number] = _wide_product(dy_TO[:, of_y].T, projected_TR[:, of_ranks], b_gradients[number])
+            continue
+        dy_nTO = _stacked([dy_TO[:, part] for part in columns])
+        projected_nTr, d_projected_nTr = (
+            _stacked([x[:, part] for part in ranks]) for x in (projected_TR, d_projected_TR)
+        )
+        d_projected_nTr.baddbmm_(dy_nTO, b_nOr, beta=0, alpha=scale)
+        gradients_nOr = _wide_product(dy_nTO.mT, projected_nTr, total_nOr)
+        for number, gradient in zip(numbers, gradients_nOr if into is None else totals):
+            b_gradients[number] = gradient
     return d_projected_TR, b_gradients
+
+
+def _runs(group: LoraGroup) -> list[list[tuple[int, slice, slice, Tensor]]]:
+    """The members with adapters (number, output columns, rank columns, B), those that one batched product serves in one
+    list: of one shape, and at equal distances.
+    """
+    runs: list[list[tuple[int, slice, slice, Tensor]]] = []
+    for number, (columns, ranks, b_Or) in enumerate(group.members()):
+        if b_Or is None:
+            continue
+        starts = [member[1].start for member in runs[-1][-2:]] + [columns.start] if runs else []
+        is_alike = bool(runs) and runs[-1][-1][3].shape == b_Or.shape
+        if is_alike and (len(starts) < 3 or starts[2] - starts[1] == starts[1] - starts[0]):
+            runs[-1].append((number, columns, ranks, b_Or))
+        else:
+            runs.append([(number, columns, ranks, b_Or)])
+    return runs
 
 
 @torch.no_grad()
@@ -198,33 +232,36 @@ def lora_a_gradient(
         if fused:
             return dropout_weight_gradient(d_projected_TR, x_TH, dropout.p, dropout.seed, stream=dropout.stream)
         return _wide_product(d_projected_TR.T, _kept(x_TH, dropout))
-    ranks = [adapter.shape[0] for adapter in into]
-    # What lies in one piece is one product.
-    stacked = _stacked_rows(into)
-    targets, widths = (into, ranks) if stacked is None else ([stacked], [sum(ranks)])
     if fused:
         da_RH = dropout_weight_gradient(d_projected_TR, x_TH, dropout.p, dropout.seed, stream=dropout.stream)
-        for target, gradient in zip(targets, da_RH.split(widths)):
+        for target, gradient in zip(into, da_RH.split([target.shape[0] for target in into])):
             target.add_(gradient)
         return None
-    kept_TH = _kept(x_TH, dropout)
-    for target, columns in zip(targets, d_projected_TR.split(widths, dim=1)):
-        _wide_product(columns.T, kept_TH, target)
+    kept_TH, stacked_nrH = _kept(x_TH, dropout), _stacked(into)
+    if stacked_nrH is None:
+        for target, columns in zip(into, d_projected_TR.split([target.shape[0] for target in into], dim=1)):
+            _wide_product(columns.T, kept_TH, target)
+    elif d_projected_TR.shape[1] <= _MOST_STACKED_RANKS and stacked_nrH.is_contiguous():
+        _wide_product(d_projected_TR.T, kept_TH, stacked_nrH.flatten(0, 1))
+    else:
+        d_projected_nTr = d_projected_TR.unflatten(1, stacked_nrH.shape[:2]).movedim(1, 0)
+        _wide_product(d_projected_nTr.mT, kept_TH.expand(len(into), *kept_TH.shape), stacked_nrH)
     return None
 
 
-def _stacked_rows(parts: Sequence[Tensor]) -> Tensor | None:
-    """One view of matrices whose rows follow one another in memory; None where they do not."""
-    first, follows = parts[0], parts[0].data_ptr()
-    for part in parts:
-        alike = part.is_contiguous() and part.shape[1] == first.shape[1] and part.dtype == first.dtype
-        if not alike or part.data_ptr() != follows:
+def _stacked(parts: Sequence[Tensor]) -> Tensor | None:
+    """One view [n, ...] of tensors of one shape that lie at equal distances in memory; None where they do not."""
+    first = parts[0]
+    distance = parts[1].data_ptr() - first.data_ptr() if len(parts) > 1 else first.nbytes
+    for number, part in enumerate(parts):
+        alike = part.shape == first.shape and part.stride() == first.stride() and part.dtype == first.dtype
+        if not alike or part.data_ptr() != first.data_ptr() + number * distance:
             return None
-        follows += part.nbytes
     # Neighbours of different allocations are none: a view reaches no further than its storage.
-    if any(part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for part in parts):
+    is_one = all(part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for part in parts)
+    if not is_one or distance < 0 or distance % first.element_size():
         return None
-    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), first.stride())
+    return first.as_strided((len(parts), *first.shape), (distance // first.element_size(), *first.stride()))
 
 
 @torch.no_grad()
@@ -254,11 +291,12 @@ def lora_input_gradient(
 
 
 def _wide_product(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
-    """left @ right in at least float32, added to `total` in place where one is given."""
+    """left @ right, of matrices or of batches of them, in at least float32; added to `total` in place if given."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         if total is None:
-            return torch.mm(left, right, out_dtype=torch.float32)
-        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+            return (torch.bmm if left.dim() == 3 else torch.mm)(left, right, out_dtype=torch.float32)
+        add = torch.baddbmm if left.dim() == 3 else torch.addmm
+        return add(total, left, right, out_dtype=torch.float32, out=total)
     dtype = torch.promote_types(left.dtype, torch.float32)
     product = left.to(dtype) @ right.to(dtype)
     return product if total is None else total.add_(product)
