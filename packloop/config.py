@@ -191,6 +191,11 @@ class KernelsConfig(Section):
         description="SwiGLU in the epilogues of the products around it (fused layers in bfloat16 over an NF4 base "
         "only). auto: quack on a Hopper GPU where quack-kernels runs, unless swiglu or matmul is torch.",
     )
+    token_reuse: Literal["auto", "first_layer", "none"] = Field(
+        "auto",
+        description="Whether the first layer's q, k and v are made once for each distinct token of a micro-batch "
+        "(fused layers only; not under dropout on them). auto: first_layer.",
+    )
     cross_entropy: Implementation = Field(
         "auto", description="Loss and gradient of a chunk of logits; the chunks, of either kind of layer, stay."
     )

@@ -13,9 +13,9 @@ from packloop.engine.loop import train
 from packloop.engine.model import load_model
 from packloop.errors import ConfigError
 from packloop.kernels import operations, reference
+from packloop.kernels.activation_bytes import activation_bytes
 from packloop.kernels.adapters import AdapterCopies
 from packloop.kernels.base_weights import GroupWeights
-from packloop.kernels.decoder_layer import activation_bytes
 from packloop.kernels.gated import deinterleave, gated_backward, gated_forward
 from packloop.kernels.lora_linear import Lora, lora_b_gradients
 from packloop.kernels.operations import Operations

@@ -38,11 +38,13 @@ from packloop.kernels.attention import load_backend
 from packloop.kernels.matmul import ProductLibrary, matmul
 from packloop.kernels.operations import AUTO, Operations, choose_operations
 from packloop.kernels.patch import packed_loss_sum, patched
+from packloop.kernels.token_reuse import TokenReuse
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = [field.name for field in dataclasses.fields(Operations)]
-TRITONS = [name for name in NAMES if name not in ("matmul", "gated")]
-FASTEST = {**dict.fromkeys(TRITONS, "triton"), "matmul": "cublaslt", "gated": "quack"}
+TRITONS = [name for name in NAMES if name not in ("matmul", "gated", "token_reuse")]
+FASTEST = {**dict.fromkeys(TRITONS, "triton"), "matmul": "cublaslt", "gated": "quack", "token_reuse": "first_layer"}
+OTHERS = {"gated": "none", "token_reuse": "first_layer"}  # where the rest is torch's
 
 
 @ordinary
@@ -53,7 +55,7 @@ def test_in_the_interpreter():
 
 def all_of(implementation: str, **others: str) -> Operations:
     """Of each operation `torch`, or on `fastest` what `auto` is on a GPU; SwiGLU by itself where not."""
-    values = FASTEST if implementation == "fastest" else {**dict.fromkeys(NAMES, implementation), "gated": "none"}
+    values = FASTEST if implementation == "fastest" else {**dict.fromkeys(NAMES, implementation), **OTHERS}
     return Operations(**{**values, **others})
 
 
@@ -64,7 +66,11 @@ def test_auto_is_the_fastest_on_a_gpu_and_torch_elsewhere(monkeypatch):
     on_hopper(monkeypatch)
     assert choose_operations(AUTO, CPU, fused=True) == all_of("torch")
     assert choose_operations(AUTO, CUDA, fused=True) == all_of("fastest")
-    assert choose_operations(AUTO, CUDA, fused=False) == all_of("torch", cross_entropy="triton")
+    stock = choose_operations(AUTO, CUDA, fused=False)
+    assert stock == all_of("torch", cross_entropy="triton", token_reuse="none")
+    assert choose_operations(Operations(token_reuse="none"), CPU, fused=True).token_reuse == "none"
+    with pytest.raises(ValueError, match=r"kernels\.token_reuse=first_layer: kernels\.layer=stock runs"):
+        choose_operations(Operations(token_reuse="first_layer"), CPU, fused=False)
     for name in [*TRITONS, "matmul"]:
         single = choose_operations(Operations(**{name: "torch"}), CUDA, fused=True)
         # Who asks for torch's SwiGLU or products does not get another's that hold both.
@@ -207,7 +213,8 @@ def test_a_function_that_is_asked_for_triton_never_takes_torch_instead():
 def test_every_operation_is_a_setting_of_the_same_name_and_values():
     for name in NAMES:
         field = KernelsConfig.model_fields[name]
-        expected = get_args({"matmul": ProductLibrary, "gated": gated.GatedLibrary}.get(name, reference.Implementation))
+        others = {"matmul": ProductLibrary, "gated": gated.GatedLibrary, "token_reuse": TokenReuse}
+        expected = get_args(others.get(name, reference.Implementation))
         if name == "gated":  # torch's is for tests
             expected = tuple(value for value in expected if value != "torch")
         assert get_args(field.annotation) == expected

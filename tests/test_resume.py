@@ -307,6 +307,7 @@ def test_what_an_older_run_does_not_name_is_what_ran_then(tmp_path):
     for given in ({}, {"gated": "none", "matmul": "torch"}):
         kernels = resumed_kernels(tmp_path, {}, given)
         assert (kernels["layer"], kernels["gated"], kernels["matmul"]) == ("fused", "none", "torch")
+        assert kernels["token_reuse"] == "none"
     with pytest.raises(ConfigError, match=r"kernels\.gated: 'none' in the checkpoint, 'quack' given"):
         resumed_kernels(tmp_path, {}, {"gated": "quack"})
 

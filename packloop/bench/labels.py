@@ -132,6 +132,7 @@ def _functions() -> list[tuple[Any, str, Callable[..., Label]]]:
         (decoder_layer, "rope_", _rope),
         (patch, "apply_rope", _apply_rope),
         (patch, "rope_tables", _plain("rope_tables", classes.ROPE)),
+        (decoder_layer, "spread", _plain("spread", classes.COPIES)),
         (decoder_layer, "gated_group_forward", _gated_forward),
         (decoder_layer, "gated_group_gradient_", _gated_gradient),
         (decoder_layer, "swiglu_forward", _swiglu_forward),

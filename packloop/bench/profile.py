@@ -22,8 +22,8 @@ from packloop.engine.batch import Micro
 from packloop.engine.budget import GIB, settle_on_gpu
 from packloop.engine.plan import operations_of
 from packloop.errors import InputError
+from packloop.kernels.activation_bytes import activation_bytes
 from packloop.kernels.attention import DocumentLayout, load_backend
-from packloop.kernels.decoder_layer import activation_bytes
 from packloop.kernels.patch import FusedLayers, find_llama
 
 Step = Callable[[list[Micro]], Lap]

@@ -6,11 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from packloop.data.loader import Batch
 from packloop.kernels.attention import DocumentLayout
+from packloop.kernels.token_reuse import DistinctTokens
+
+# Rows are added up to a multiple of this, whole tiles of a product, by repeating the last.
+_ROWS = 128
+# Not worth it from this share of the slots on.
+_MOST = 0.5
 
 
 class WindowSource(Protocol):
@@ -72,12 +79,16 @@ class Windows:
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]:
     """(input_ids_BL, position_ids_BL, layout, label_index_N, label_ids_N) on `device`, copied without waiting."""
+    distinct = distinct_tokens(batch.input_ids)
+    if distinct is not None:
+        distinct = DistinctTokens(_move(distinct.slots_U, device), _move(distinct.row_of_T, device))
     layout = DocumentLayout(
         document_ids_BL=_move(batch.document_ids, device),
         cu_seqlens=_move(batch.cu_seqlens, device),
         max_seqlen=batch.max_seqlen,
         cu_seqlens_cpu=batch.cu_seqlens,
         is_packed=bool((batch.document_ids > 0).any()),
+        distinct=distinct,
     )
     return (
         _move(batch.input_ids, device),
@@ -93,3 +104,13 @@ def _move(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device)
     # A copy from pageable memory would make the host wait for the device.
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def distinct_tokens(input_ids_BL: Tensor) -> DistinctTokens | None:
+    """Of a micro-batch on the CPU; None where too many differ for reuse to pay."""
+    _, slots, row_of = np.unique(input_ids_BL.numpy(), return_index=True, return_inverse=True)
+    num_rows = -(-len(slots) // _ROWS) * _ROWS
+    if num_rows > _MOST * row_of.size:
+        return None
+    slots = np.pad(slots, (0, num_rows - len(slots)), mode="edge")
+    return DistinctTokens(torch.from_numpy(slots), torch.from_numpy(row_of.reshape(-1)))

@@ -17,7 +17,8 @@ from packloop.engine.budget import GIB, is_out_of_memory, limit_memory, settle_o
 from packloop.engine.out_of_memory import held, table
 from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price, choose_plan, fits_bytes, smallest_plan
 from packloop.errors import OutOfMemoryError
-from packloop.kernels.decoder_layer import FusedLayer, activation_bytes, decoder_layer
+from packloop.kernels.activation_bytes import activation_bytes
+from packloop.kernels.decoder_layer import FusedLayer, decoder_layer
 from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.patch import FusedLayers, find_llama, load_backend, packed_loss_sum, patched
 

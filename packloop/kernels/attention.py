@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from packloop.kernels.token_reuse import DistinctTokens
+
 
 @dataclass(frozen=True)
 class DocumentLayout:
@@ -33,6 +35,7 @@ class DocumentLayout:
     max_seqlen: int
     is_packed: bool
     cu_seqlens_cpu: Tensor | None = None  # the same bounds on the host, where the loader made them
+    distinct: DistinctTokens | None = None  # of the tokens in these slots, where their embeddings are what enters
 
     @cached_property
     def mask_B1LL(self) -> Tensor:

@@ -10,6 +10,7 @@ What is kept for backward, a token and layer, is the layer's `keeps`:
     products  the same without n1, n2, h, each rebuilt by one pass over what it was made from
     input     x1 alone: the forward runs again, and the base's weights, dequantised once, serve it and backward
 Where gate and up are interleaved (`gated`), the products around h make it in their epilogues, and it is never kept.
+The first layer's q, k and v are made once for each distinct token where the micro-batch tells which (`token_reuse`).
 
 Shapes: T slots, H hidden features, I intermediate features, O output features of a group. One tensor of gradients
 serves residual and update: they enter only as a sum.
@@ -43,10 +44,13 @@ from packloop.kernels.lora_linear import (
     lora_input_gradient,
     lora_project,
 )
+from packloop.kernels.master_gradients import MasterGradients
+from packloop.kernels.matmul import ProductLibrary
 from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.rms_norm import add_rms_norm_backward, add_rms_norm_forward
 from packloop.kernels.rope import Rotation, rope_
 from packloop.kernels.swiglu import swiglu_backward, swiglu_forward
+from packloop.kernels.token_reuse import DistinctTokens, spread
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 
@@ -58,6 +62,7 @@ class Batch:
     layout: DocumentLayout
     rotation: Rotation
     dropout: Dropout | None
+    distinct: DistinctTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,11 @@ class FusedLayer:
         """Whether gate and up are interleaved, and SwiGLU belongs to the products around it."""
         return self.groups["gate_up"].interleaved
 
+    def reuses(self, batch: Batch) -> DistinctTokens | None:
+        """The tokens whose q, k and v serve all slots, where this layer's input is their embeddings."""
+        is_first = self.index == 0 and self.dropout(batch, "qkv") is None
+        return batch.distinct if is_first else None
+
     def gates_backward(self, batch: Batch) -> bool:
         """Whether all of SwiGLU's gradient comes out of one product: a dropped-out adapter's share would not."""
         rides = self.weights["down"].extends and self.dropout(batch, "down") is None
@@ -116,22 +126,6 @@ class FusedLayer:
     def spare_columns(self, group: str) -> int:
         """Columns beside the group's inputs and output gradients, for the adapters' projections."""
         return self.groups[group].a_RH.shape[0] if self.weights[group].extends else 0
-
-
-def activation_bytes(layer: FusedLayer, num_slots: int) -> dict[str, int]:
-    """Bytes that `products` keeps beside x1, and that `all` keeps beside `products`, of one layer."""
-    features, itemsize = layer.norm1_H.numel(), layer.norm1_H.element_size()
-    outputs = {group: sum(adapters.out_features) for group, adapters in layer.groups.items()}
-    ranks = sum(adapters.a_RH.shape[0] for adapters in layer.groups.values() if adapters.a_RH is not None)
-    attended = layer.num_heads * layer.head_dim
-    gate_up = outputs["gate_up"] + layer.spare_columns("gate_up")
-    columns = outputs["qkv"] + attended + features + gate_up + ranks
-    statistics = (2 + layer.num_heads) * 4  # two 1 / rms and a log-sum-exp a head, fp32
-    inputs = {"qkv": features, "gate_up": features, "down": outputs["gate_up"] // 2}
-    if layer.is_gated:
-        inputs.pop("down")
-    kept = sum(width + layer.spare_columns(group) for group, width in inputs.items() if layer.has_adapter(group))
-    return {"products": num_slots * (columns * itemsize + statistics), "inputs": num_slots * kept * itemsize}
 
 
 @dataclass
@@ -253,22 +247,38 @@ def _forward(
         if is_kept:
             kept.inputs[group] = x_wide
 
-    def linear(group: str, x_wide: Tensor, spare_columns: int = 0) -> Tensor:
-        """The group's outputs, with `spare_columns` beside them."""
+    def product(group: str, x_wide: Tensor, out: Tensor, by: ProductLibrary) -> Tensor | None:
+        """Fills `out` with the group's outputs; returns the projections where they are not in spare columns."""
         weight, adapters, dropout = weights[group], layer.groups[group], layer.dropout(batch, group)
-        num_outputs = sum(adapters.out_features)
-        y_wide = new_rows(x_wide, num_outputs + spare_columns)
-        out, projected, by = y_wide[:, :num_outputs], None, layer.operations.matmul
         if isinstance(weight, ExtendedWeight) and x_wide.shape[1] > weight.num_features:
             extended_group_forward(x_wide, weight, adapters, dropout, out=out, by=by)
-        else:
-            dense = [weight.base] if isinstance(weight, ExtendedWeight) else weight
-            _, projected = lora_group_forward(x_wide, dense, adapters, dropout, out=out, by=by)
+            return None
+        dense = [weight.base] if isinstance(weight, ExtendedWeight) else weight
+        return lora_group_forward(x_wide, dense, adapters, dropout, out=out, by=by)[1]
+
+    def linear(group: str, x_wide: Tensor, spare_columns: int = 0) -> Tensor:
+        """The group's outputs, with `spare_columns` beside them."""
+        num_outputs = sum(layer.groups[group].out_features)
+        y_wide = new_rows(x_wide, num_outputs + spare_columns)
+        projected = product(group, x_wide, y_wide[:, :num_outputs], layer.operations.matmul)
         keep_input(group, x_wide, projected)
         return y_wide
 
+    def linear_of_distinct(group: str, x_wide: Tensor, distinct: DistinctTokens) -> Tensor:
+        """The same, of slots that have the same inputs by their tokens. Sizes differ each time: torch's products."""
+        few_wide = x_wide.index_select(0, distinct.slots_U)
+        few = new_rows(few_wide, sum(layer.groups[group].out_features))
+        projected = product(group, few_wide, few, "torch")
+        if projected is not None:
+            projected = spread(projected, distinct)
+        elif num_spare := layer.spare_columns(group):
+            x_wide[:, -num_spare:] = spread(few_wide[:, -num_spare:], distinct)
+        keep_input(group, x_wide, projected)
+        return spread(few, distinct)
+
     x1, n1, rstd1 = _normed(layer, "qkv", residual, update)
-    qkv = linear("qkv", n1)
+    distinct = layer.reuses(batch)
+    qkv = linear("qkv", n1) if distinct is None else linear_of_distinct("qkv", n1, distinct)
     del n1
     attended, attention_saved = _attend(layer, batch, qkv)
     x2, n2, rstd2 = _normed(layer, "gate_up", x1, linear("o", attended))
@@ -298,39 +308,11 @@ def _forward(
     return kept, x2, out
 
 
-class _Gradients:
-    """Where a layer's adapters' gradients are added up: in the masters' own `.grad`, or where one has none, anew.
-
-    a, b: of each group, float32 like the masters, A's of the members that have adapters and B's of all (or None).
-    for_autograd: what the function returns for each master, None for those whose gradient is in place already.
-    """
-
-    def __init__(self, layer: FusedLayer):
-        self.a: dict[str, list[Tensor]] = {}
-        self.b: dict[str, list[Tensor | None]] = {}
-        self.for_autograd: list[Tensor | None] = []
-        masters = iter(layer.masters)
-        for group in GROUPS:
-            self.a[group], self.b[group] = [], []
-            for _, _, b_Or in layer.groups[group].members():
-                if b_Or is not None:
-                    self.a[group].append(self._place(next(masters)))
-                self.b[group].append(None if b_Or is None else self._place(next(masters)))
-
-    def _place(self, master: Tensor) -> Tensor:
-        wide = torch.promote_types(master.dtype, torch.float32)
-        if master.grad is not None and master.grad.dtype == wide:
-            self.for_autograd.append(None)
-            return master.grad
-        self.for_autograd.append(torch.zeros(master.shape, dtype=wide, device=master.device))
-        return self.for_autograd[-1]
-
-
 def _backward(
     layer: FusedLayer, batch: Batch, weights: _Weights, kept: _Activations, d_out: Tensor, *, needs_dx: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """(gradient of x1, gradients of the masters that autograd is to add up) from the one gradient of (x2 + output)."""
-    gradients = _Gradients(layer)
+    gradients = MasterGradients(layer.groups, layer.masters)
     d_projected: dict[str, Tensor | None] = {}
 
     def output_gradient(group: str, dy_wide: Tensor) -> None:

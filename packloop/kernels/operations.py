@@ -11,16 +11,17 @@ import torch
 from packloop.kernels.gated import GatedLibrary, why_not_gated
 from packloop.kernels.matmul import ProductLibrary, why_not_cublaslt
 from packloop.kernels.reference import Implementation, why_not_triton
+from packloop.kernels.token_reuse import TokenReuse
 
 
 @dataclass(frozen=True)
 class Operations:
     """`triton`, `torch`, or `auto`: whichever fits the tensors that arrive. Field names are those of the settings.
 
-    rms_norm, rope, swiglu, nf4, matmul, gated: of the fused layers, which are handed this value. cross_entropy: of the
-    head. matmul has `cublaslt` in `triton`'s place. `torch` stands for bitsandbytes' own kernel in nf4. rope=torch
-    keeps a backend that rotates by itself from doing so. gated: who runs the products with SwiGLU in their epilogues;
-    `none` leaves it to swiglu.
+    All but cross_entropy, which is the head's, are of the fused layers, which are handed this value. matmul has
+    `cublaslt` in `triton`'s place. `torch` stands for bitsandbytes' own kernel in nf4. rope=torch keeps a backend that
+    rotates by itself from doing so. gated: who runs the products with SwiGLU in their epilogues; `none` leaves it to
+    swiglu. token_reuse: `first_layer` or `none`, not who runs it but whether.
     """
 
     rms_norm: Implementation = "auto"
@@ -29,15 +30,16 @@ class Operations:
     nf4: Implementation = "auto"
     matmul: ProductLibrary = "auto"
     gated: GatedLibrary = "auto"
+    token_reuse: TokenReuse = "auto"
     cross_entropy: Implementation = "auto"
 
 
 AUTO = Operations()
 
 # Those that stock layers leave to Hugging Face, PEFT and bitsandbytes.
-_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul", "gated")
+_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul", "gated", "token_reuse")
 # What is fastest, and what takes its place where that cannot run.
-_CHOICES = {"matmul": ("cublaslt", "torch"), "gated": ("quack", "none")}
+_CHOICES = {"matmul": ("cublaslt", "torch"), "gated": ("quack", "none"), "token_reuse": ("first_layer", "none")}
 
 
 def choose_operations(
@@ -55,6 +57,7 @@ def choose_operations(
     ValueError where one is asked for and cannot run, with the remedy.
     """
     why_not = {"triton": why_not_triton, "cublaslt": why_not_cublaslt, "quack": why_not_gated}
+    why_not["first_layer"] = lambda _: None
     to_torch = {
         "matmul": torch.are_deterministic_algorithms_enabled(),
         "gated": "torch" in (requested.swiglu, requested.matmul),

@@ -245,7 +245,8 @@ class FusedLayers:
             # From torch's CPU generator, which checkpoints carry: the mask of a resumed step is the same one.
             dropout = Dropout(self._dropout_p, int(torch.randint(2**62, ()).item()))
         cos_PD, sin_PD = self._rope_tables(llama_model, position_ids_BL.shape[1])
-        return Batch(layout, Rotation(cos_PD, sin_PD, position_ids_BL.flatten()), dropout)
+        distinct = None if self._operations.token_reuse == "none" else layout.distinct
+        return Batch(layout, Rotation(cos_PD, sin_PD, position_ids_BL.flatten()), dropout, distinct)
 
     def _rope_tables(self, llama_model: LlamaModel, num_positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin [P, D/2] for positions 0 to P - 1, made once for each P."""
