@@ -56,6 +56,7 @@ _GEMMS = (
     "splitK",
     "aten::mm",
     "packloop::mm",
+    "packloop::addmm",
     "packloop::gated",
     "aten::addmm",
     "aten::bmm",
