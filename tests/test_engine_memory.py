@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -13,12 +13,14 @@ from packloop.bench.synthetic import random_model, shape_config
 from packloop.data.loader import build_data
 from packloop.engine import memory, plan
 from packloop.engine.budget import GIB, is_out_of_memory
+from packloop.engine.memory import Passes
 from packloop.engine.model import load_tokenizer
 from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price
 from packloop.errors import OutOfMemoryError
 from packloop.kernels.operations import AUTO
 
 MICRO = (torch.zeros(1, 8, dtype=torch.long),)
+FIELDS = ("recompute_layers", "cached_layers", "keep_inputs_layers")
 OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -62,7 +64,7 @@ def test_a_plan_leaves_the_generators_as_they_were(model, monkeypatch):
         return LayerCosts(recomputation=Price(2.0, GIB), cache=Price(1.0, GIB), inputs=Price(0.5, GIB))
 
     monkeypatch.setattr(memory, "settle_on_gpu", lambda *_arguments: (80.0, None))
-    monkeypatch.setattr(memory, "_peak_bytes", lambda *_arguments: GIB)
+    monkeypatch.setattr(memory, "_run_passes", lambda *_arguments: Passes(GIB, 0))
     monkeypatch.setattr(memory, "_measure", measure)
     before = torch.get_rng_state()
     found, _ = memory.plan_memory(model, MICRO, attention="sdpa", fixed={}, budget_gib=None, paged_bytes=0)
@@ -71,7 +73,93 @@ def test_a_plan_leaves_the_generators_as_they_were(model, monkeypatch):
 
 
 @pytest.fixture
-def passes_raise(monkeypatch):
+def planned(model, monkeypatch):
+    """`plan_memory` for given results of trials, by plan and otherwise of 1 GiB; gives (plan, why, plans tried)."""
+
+    def run(results: dict[MemoryPlan, Passes | None], fixed: dict[str, int] | None = None, paged_bytes: int = 0):
+        tried = []
+
+        def run_passes(_model, _micro, found: MemoryPlan, *_arguments) -> Passes | None:
+            tried.append(found)
+            return results.get(found, Passes(GIB, 0))
+
+        costs = LayerCosts(recomputation=Price(2.0, GIB), cache=Price(1.0, GIB), inputs=Price(0.5, GIB))
+        monkeypatch.setattr(memory, "settle_on_gpu", lambda *_arguments: (80.0, None))
+        monkeypatch.setattr(memory, "_run_passes", run_passes)
+        monkeypatch.setattr(memory, "_measure", lambda *_arguments: costs)
+        fixed = {} if fixed is None else fixed
+        found, why = memory.plan_memory(
+            model, MICRO, attention="sdpa", fixed=fixed, budget_gib=None, paged_bytes=paged_bytes
+        )
+        return found, why, tried
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("taken", "paged_bytes"),
+    [
+        pytest.param(Passes(GIB, 1), 0, id="a retry"),
+        pytest.param(Passes(80 * GIB, 0), 1, id="over the budget"),
+        pytest.param(None, 0, id="no memory"),
+    ],
+)
+def test_a_plan_whose_passes_do_not_fit_gives_way_to_one_layer_less(planned, model, taken, paged_bytes):
+    layers = model.config.num_hidden_layers
+    most, less = MemoryPlan(0, layers, layers), MemoryPlan(0, layers, layers - 1)
+    found, why, tried = planned({most: taken}, paged_bytes=paged_bytes)
+    assert tried == [MemoryPlan(layers, 0, 0), most, less]
+    assert found == less
+    assert "retries" not in why
+
+
+def test_a_plan_at_the_budget_fits_without_a_retry(planned, model):
+    layers = model.config.num_hidden_layers
+    most = MemoryPlan(0, layers, layers)
+    assert planned({most: Passes(80 * GIB - 1, 0)}, paged_bytes=1)[0] == most
+
+
+@pytest.mark.parametrize("fixed", [{}, {"cached_layers": 1}], ids=str)
+def test_the_smallest_plan_is_taken_with_retries_and_says_so(planned, model, fixed):
+    layers = model.config.num_hidden_layers
+    plans = [MemoryPlan(r, c, k) for r in range(layers + 1) for c in range(layers + 1) for k in range(layers + 1)]
+    found, why, tried = planned({found: Passes(GIB, 18) for found in plans}, fixed)
+    assert found == tried[0] == tried[-1] == MemoryPlan(**{**dict(zip(FIELDS, (layers, 0, 0))), **fixed})
+    assert "18 retries of the allocator" in why
+
+
+@pytest.fixture
+def faked_gpu(monkeypatch):
+    """Makes the code take this host for a GPU with 80 GiB allowed and 2 GiB reserved; counts of retries to be set."""
+    counts = {"num_alloc_retries": 5}
+    monkeypatch.setattr(memory, "settle_on_gpu", lambda *_arguments: (80.0, None))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: counts)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2 * GIB)
+    for name in ("empty_cache", "reset_peak_memory_stats", "set_rng_state", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
+    return counts
+
+
+@pytest.mark.parametrize("retries", [(0, 0, 0), (0, 0, 2), (1, 0, 2)])
+def test_a_trial_is_three_passes_and_counts_their_own_retries(model, faked_gpu, monkeypatch, retries):
+    passes = []
+    weight = torch.zeros(2, requires_grad=True)
+
+    def loss_sum(*_arguments) -> torch.Tensor:
+        faked_gpu["num_alloc_retries"] += retries[len(passes)]
+        passes.append(weight.sum())
+        return passes[-1]
+
+    monkeypatch.setattr(memory, "patched", lambda *_arguments, **_options: nullcontext())
+    monkeypatch.setattr(memory, "packed_loss_sum", loss_sum)
+    found = memory._run_passes(model, MICRO, MemoryPlan(0, 0, 0), "sdpa", AUTO)
+    assert found == Passes(2 * GIB, sum(retries))
+    assert weight.grad.tolist() == [3.0, 3.0]
+
+
+@pytest.fixture
+def passes_raise(faked_gpu, monkeypatch):
     """Makes forward and backward passes raise this, on what the code takes to be a GPU."""
 
     def make(error: BaseException) -> None:
@@ -81,10 +169,6 @@ def passes_raise(monkeypatch):
             yield
 
         monkeypatch.setattr(memory, "patched", patched)
-        monkeypatch.setattr(memory, "settle_on_gpu", lambda *_arguments: (80.0, None))
-        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
-        for name in ("empty_cache", "reset_peak_memory_stats", "set_rng_state", "synchronize"):
-            monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
 
     return make
 
@@ -93,7 +177,7 @@ def passes_raise(monkeypatch):
 def test_a_plan_without_memory_does_not_fit_whoever_wanted_it(model, passes_raise, error):
     passes_raise(error)
     model.train()
-    assert memory._peak_bytes(model, MICRO, MemoryPlan(0, 0, 0), "sdpa", AUTO) is None
+    assert memory._run_passes(model, MICRO, MemoryPlan(0, 0, 0), "sdpa", AUTO) is None
     assert model.training
     with pytest.raises(OutOfMemoryError, match="out of memory with every layer recomputed"):
         memory.plan_memory(model, MICRO, attention="sdpa", fixed={}, budget_gib=None, paged_bytes=0)
@@ -104,7 +188,7 @@ def test_any_other_error_of_a_trial_is_its_own(model, passes_raise, error):
     passes_raise(error)
     model.eval()
     with pytest.raises(type(error)) as caught:
-        memory._peak_bytes(model, MICRO, MemoryPlan(0, 0, 0), "sdpa", AUTO)
+        memory._run_passes(model, MICRO, MemoryPlan(0, 0, 0), "sdpa", AUTO)
     assert caught.value is error
     assert not model.training
 

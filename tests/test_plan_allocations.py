@@ -20,21 +20,20 @@ from packloop.engine.optim import FlatParameters
 from packloop.engine.planner.allocations import MicroBatch, Step
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.engine.planner.shape import ModelShape
-from packloop.kernels import document_attention, gated, lora_linear, patch, reference
+from packloop.kernels import document_attention, gated, linear_cross_entropy, lora_linear, patch, reference
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.document_attention import BackwardTiles, Tiles
 from packloop.kernels.operations import Operations
 
-ARCHITECTURE = LlamaConfig(
-    vocab_size=1024,
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-)
+ARCHITECTURE = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 SLOTS = 4096
 
 
@@ -68,10 +67,13 @@ def without_arithmetic(monkeypatch):
         monkeypatch.setattr(gated, name, lambda *_args, **_kwargs: None)
 
 
-def real_peak(lora: LoraConfig, plan: MemoryPlan, operations: Operations) -> tuple[int, ModelShape]:
+def real_peak(
+    lora: LoraConfig, plan: MemoryPlan, operations: Operations, *, vocabulary: int = 1024, num_labels: int = SLOTS
+) -> tuple[int, ModelShape]:
     """Bytes that one forward and backward pass has allocated at its peak, by torch's own records."""
     torch.manual_seed(0)
-    base = random_model(ARCHITECTURE, quantization="nf4", device=torch.device("cpu"))
+    architecture = LlamaConfig(**ARCHITECTURE, vocab_size=vocabulary)
+    base = random_model(architecture, quantization="nf4", device=torch.device("cpu"))
     model = attach_adapter(base, lora, base_name="base").train()
     FlatParameters(model)
     lengths = torch.arange(0, SLOTS + 1, 256, dtype=torch.int32)
@@ -79,7 +81,7 @@ def real_peak(lora: LoraConfig, plan: MemoryPlan, operations: Operations) -> tup
         torch.zeros(2, SLOTS // 2, dtype=torch.int32), lengths, 256, is_packed=True, cu_seqlens_cpu=lengths
     )
     ids, positions = torch.zeros(2, SLOTS // 2, dtype=torch.int64), torch.arange(SLOTS // 2).repeat(2, 1)
-    index = torch.arange(SLOTS)
+    index = torch.arange(num_labels)
     patching = patch.patched(model, attention="document", fused=True, operations=operations, **asdict(plan))
     with WithoutProducts(), patching as llama:
         for _ in range(2):  # the first makes what stays
@@ -90,7 +92,7 @@ def real_peak(lora: LoraConfig, plan: MemoryPlan, operations: Operations) -> tup
     for record in sorted(records, key=lambda record: record.start_ns()):
         alive += record.nbytes()
         peak = max(peak, alive)
-    return peak, ModelShape.of(ARCHITECTURE, ModelConfig(), lora)
+    return peak, ModelShape.of(architecture, ModelConfig(), lora)
 
 
 PLANS = {
@@ -114,5 +116,18 @@ def test_predicted_peak_is_the_real_codes(without_arithmetic, plan, targets, dro
     lora = LoraConfig(r=16, dropout=dropout, target_modules=targets)
     real, shape = real_peak(lora, plan, Operations(gated=by))
     shape = replace(shape, gated=by != "none")
-    predicted = Step(shape, MicroBatch(slots=SLOTS, labels=SLOTS, attention="document")).peak_bytes(plan)
+    predicted = Step(shape, MicroBatch(slots=SLOTS, attention="document")).peak_bytes(plan)
     assert predicted == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize("num_labels", [0, 1000, 3500, SLOTS])
+def test_predicted_peak_of_a_head_in_chunks_is_the_real_codes_for_any_number_of_labels(
+    without_arithmetic, monkeypatch, num_labels
+):
+    vocabulary, plan, lora = 16384, MemoryPlan(4, 0, 0), LoraConfig(r=16, target_modules=["q_proj", "v_proj"])
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 1024 * vocabulary * 2)
+    real, shape = real_peak(lora, plan, Operations(), vocabulary=vocabulary, num_labels=num_labels)
+    step = Step(shape, MicroBatch(slots=SLOTS, attention="document"))
+    head, layer = (step.span(kind, "input", "input", False, True).peak for kind in ("head", "backward"))
+    assert head > layer
+    assert step.peak_bytes(plan) == pytest.approx(real, rel=0.002)

@@ -61,7 +61,7 @@ def test_what_was_freed_serves_as_far_as_it_is_in_one_piece(freed: str, wanted: 
 @pytest.mark.parametrize("plan", [MemoryPlan(32, 0, 0), MemoryPlan(0, 32, 32), MemoryPlan(7, 12, 9)], ids=str)
 @pytest.mark.parametrize(("name", "targets", "dropout"), [("llama2-7b", QV, 0.1), ("llama3-8b", ALL, 0.0)])
 def test_the_quick_peak_is_that_of_all_events(plan, name, targets, dropout):
-    step = Step(shape_of(name, targets, dropout), MicroBatch(8192, 8000, "document"))
+    step = Step(shape_of(name, targets, dropout), MicroBatch(8192, "document"))
     held = peak = 0
     for event in step.events(plan):
         held += event.bytes
@@ -81,7 +81,7 @@ MEASURED = [
 
 @pytest.mark.parametrize(("targets", "dropout", "batch", "plan", "attention", "allocated", "reserved"), MEASURED)
 def test_forecast_is_what_an_h200_reserved(targets, dropout, batch, plan, attention, allocated, reserved):
-    micro = MicroBatch(batch * 2048, batch * 2030, attention)
+    micro = MicroBatch(batch * 2048, attention)
     forecast = MemoryModel(shape_of("llama2-7b", targets, dropout), micro, is_paged=True).forecast(plan)
     assert forecast.allocated_gib == pytest.approx(allocated, rel=0.02)
     assert forecast.reserved_gib == pytest.approx(reserved, rel=0.05)
@@ -89,7 +89,7 @@ def test_forecast_is_what_an_h200_reserved(targets, dropout, batch, plan, attent
 
 
 def test_paged_optimizer_state_counts_apart():
-    shape, micro, plan = shape_of("llama2-7b", ALL), MicroBatch(2048, 2048, "document"), MemoryPlan(32, 0, 0)
+    shape, micro, plan = shape_of("llama2-7b", ALL), MicroBatch(2048, "document"), MemoryPlan(32, 0, 0)
     paged, plain = (MemoryModel(shape, micro, is_paged=is_paged).forecast(plan) for is_paged in (True, False))
     assert paged.managed_gib == pytest.approx(159_907_840 * 8 / 2**30)
     assert plain.managed_gib == 0.0

@@ -25,7 +25,7 @@ def shape_of(targets=QV, dropout: float = 0.1, name: str = "llama2-7b") -> Model
 
 def load(packs: int, *, length: int = 330, attention: str = "document") -> Load:
     slots = packs * 2048
-    return Load(slots, slots * 0.995, slots * 0.99, slots * length, slots, slots, attention)
+    return Load(slots, slots * 0.995, slots * 0.99, slots * length, slots, attention)
 
 
 def model(packs: int = 4, gpu: str = "h200", shape: ModelShape | None = None, **kwargs) -> TimeModel:

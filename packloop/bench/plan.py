@@ -186,7 +186,6 @@ def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[
             one.labels * batch,
             one.squared_lengths * batch,
             one.most_slots * batch,
-            min(round(one.labels * batch) + one.most_labels - round(one.labels), one.most_slots * batch),
             "",
         )
 
@@ -202,7 +201,6 @@ def load_from(micros: list[Batch]) -> Load:
         labels=float(np.mean([micro.num_label_tokens for micro in micros])),
         squared_lengths=float(np.mean(squares)),
         most_slots=max(micro.num_slots for micro in micros),
-        most_labels=max(micro.num_label_tokens for micro in micros),
         attention="",
     )
 

@@ -87,7 +87,6 @@ def check_recorded(row: dict[str, Any], config: RunConfig, gpu: Gpu) -> Check:
         labels=statistics.mean(row["labels"]),
         squared_lengths=statistics.mean(sum(length**2 for length in lengths) for lengths in documents),
         most_slots=max(slots),
-        most_labels=max(row["labels"]),
         attention="",
     )
     return _check(row["name"], predict_settings(config, shape, gpu, load), figures, row["memory"])

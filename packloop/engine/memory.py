@@ -1,6 +1,6 @@
 """The numbers of layers that recompute, cache weights or keep inputs, chosen on the GPU at hand within a memory budget.
 
-What each choice saves is measured on the model; `planner.policy` chooses; two real forward and backward passes in
+What each choice saves is measured on the model; `planner.policy` chooses; three real forward and backward passes in
 a row then check the choice.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +24,21 @@ from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.patch import FusedLayers, find_llama, load_backend, packed_loss_sum, patched
 
 _MEASURED_ROUNDS = 9
+_PASSES = 3
+
+
+class Passes(NamedTuple):
+    """What forward and backward passes in a row took: reserved memory at the peak, and retries of the allocator.
+
+    In a retry it is at its limit, gives back what it has cached and maps it anew: that is slow, and leaves other gaps
+    each time, among which a later step may not fit.
+    """
+
+    peak_bytes: int
+    retries: int
+
+    def fit(self, allowed_bytes: float) -> bool:
+        return not self.retries and self.peak_bytes <= allowed_bytes
 
 
 def enforce_budget(model: nn.Module, budget_gib: float | None, paged_bytes: int, device: torch.device) -> None:
@@ -52,8 +68,8 @@ def plan_memory(
 
     micro: one full micro-batch as `engine.batch.to_device` returns it. fixed: fields of the plan that are not free.
     budget_gib: memory allowed, reserved and paged together, as `settle_on_gpu` has it; `enforce_budget` limits it.
-    Raises OutOfMemoryError where even the smallest plan does not fit. Gradients are left zeroed, generators as they
-    were.
+    A plan whose passes need a retry of the allocator gives way to a smaller one; the smallest need only run.
+    Raises OutOfMemoryError where even that does not. Gradients are left zeroed, generators as they were.
     """
     device = micro[0].device
     budget_bytes = settle_on_gpu(budget_gib, device)[0] * GIB
@@ -62,20 +78,25 @@ def plan_memory(
     smallest = smallest_plan(num_layers, fixed)
     if len(fixed) == 3:
         return smallest, "as set"
-    used_bytes = _peak_bytes(model, micro, smallest, attention, operations)
-    if used_bytes is None:
+    least = _run_passes(model, micro, smallest, attention, operations)
+    if least is None:
         raise OutOfMemoryError(_table(model, budget_bytes, paged_bytes, num_slots=micro[0].numel()))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         costs = _measure(llama, micro, attention, operations)
-    spare_bytes = budget_bytes - paged_bytes - used_bytes
+    allowed_bytes = budget_bytes - paged_bytes
+    spare_bytes = allowed_bytes - least.peak_bytes
     plan = choose_plan(costs, num_layers, fixed, fits_bytes(costs, num_layers, fixed, spare_bytes)) or smallest
-    while (peak := _peak_bytes(model, micro, plan, attention, operations)) is None or peak + paged_bytes > budget_bytes:
+    while (taken := _run_passes(model, micro, plan, attention, operations)) is None or not taken.fit(allowed_bytes):
         smaller = _one_less(plan, fixed, num_layers)
         if smaller == plan:
             break
         plan = smaller
     _forget()
-    return plan, f"a layer's {costs}; peak {(peak or used_bytes) / GIB:.1f} GiB of {budget_bytes / GIB:.1f} allowed"
+    taken = taken or least
+    why = f"a layer's {costs}; peak {taken.peak_bytes / GIB:.1f} GiB of {budget_bytes / GIB:.1f} allowed"
+    if taken.retries:
+        why += f"; {taken.retries} retries of the allocator: slow, and a later step may not fit"
+    return plan, why
 
 
 def _measure(llama: nn.Module, micro: tuple, attention: str, operations: Operations) -> LayerCosts:
@@ -132,22 +153,25 @@ def _one_less(plan: MemoryPlan, fixed: dict[str, int], num_layers: int) -> Memor
     return plan
 
 
-def _peak_bytes(model: nn.Module, micro: tuple, plan: MemoryPlan, attention: str, operations: Operations) -> int | None:
-    """Reserved memory at the peak of two forward and backward passes in a row; None where they do not fit.
+def _run_passes(
+    model: nn.Module, micro: tuple, plan: MemoryPlan, attention: str, operations: Operations
+) -> Passes | None:
+    """What three forward and backward passes in a row take; None where memory ends.
 
-    The second finds memory as the first has left it, in pieces, like every micro-batch of a run but the first.
+    All but the first find memory as another has left it, in pieces, like every micro-batch of a run but the first.
     """
     _forget()
     torch.cuda.reset_peak_memory_stats()
+    retries_before = _retries()
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     was_training = model.training
     model.train()
     try:
         with patched(model, attention=attention, fused=True, operations=operations, **asdict(plan)) as llama:
-            for _ in range(2):
+            for _ in range(_PASSES):
                 packed_loss_sum(llama, *micro).backward()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_reserved()
+        return Passes(torch.cuda.max_memory_reserved(), _retries() - retries_before)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -159,6 +183,10 @@ def _peak_bytes(model: nn.Module, micro: tuple, plan: MemoryPlan, attention: str
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
+
+
+def _retries() -> int:
+    return torch.cuda.memory_stats()["num_alloc_retries"]
 
 
 def _forget() -> None:

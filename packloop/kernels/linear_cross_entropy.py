@@ -1,9 +1,11 @@
 """Head and loss in one: the summed cross-entropy of the slots that count, without a full logits tensor.
 
-Logits exist one chunk at a time. One kernel turns a chunk's logits into their loss and, in the same memory, their
-gradient; the gradient of the hidden states is made at once, so nothing of the chunk is kept.
+Logits exist one chunk at a time, in memory that all chunks share. One kernel turns a chunk's logits into their loss
+and, in the same memory, their gradient; the gradient of the hidden states is made at once, so nothing of the chunk is
+kept.
 
-Shapes: T slots, N slots whose next token is a target, C slots of one chunk, H hidden size, V vocabulary.
+Shapes: T slots, N slots whose next token is a target, C slots of one chunk, R of the largest, H hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -107,15 +109,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight_VH = torch.zeros_like(weight_VH, dtype=accumulate_dtype) if weight_VH.requires_grad else None
         needs_gradient = d_hidden_TH is not None or d_weight_VH is not None
         chunk = rows_per_chunk(weight_VH.shape[0], hidden_TH.element_size())
+        # By slots, not by labels: a size that changes with every batch leaves memory in pieces.
+        rows = min(chunk, hidden_TH.shape[0])
+        hidden_RH = hidden_TH.new_empty(rows, hidden_TH.shape[1])
+        logits_RV = hidden_TH.new_empty(rows, weight_VH.shape[0])
         for start in range(0, label_index_N.numel(), chunk):
             index_C, ids_C = label_index_N[start : start + chunk], label_ids_N[start : start + chunk]
-            hidden_CH = hidden_TH.index_select(0, index_C)
-            logits_CV = hidden_CH @ weight_VH.T
+            hidden_CH, logits_CV = hidden_RH[: index_C.numel()], logits_RV[: index_C.numel()]
+            torch.index_select(hidden_TH, 0, index_C, out=hidden_CH)
+            torch.mm(hidden_CH, weight_VH.T, out=logits_CV)
             loss_sum += cross_entropy_(logits_CV, ids_C, needs_gradient=needs_gradient, by=by).sum()
-            if d_hidden_TH is not None:
-                d_hidden_TH.index_copy_(0, index_C, logits_CV @ weight_VH)
             if d_weight_VH is not None:
                 d_weight_VH += logits_CV.T @ hidden_CH
+            if d_hidden_TH is not None:  # last, as the gradient takes the hidden states' place
+                d_hidden_TH.index_copy_(0, index_C, torch.mm(logits_CV, weight_VH, out=hidden_CH))
         ctx.save_for_backward(d_hidden_TH, d_weight_VH)
         ctx.weight_dtype = weight_VH.dtype
         return loss_sum
@@ -143,6 +150,7 @@ def linear_cross_entropy(
     hidden_TH: [T, H]; weight_VH: [V, H], same dtype, no gradient computed for it when frozen; label_index_N: int64
     [N], distinct; label_ids_N: int64 [N]. Returns a scalar in fp32 (fp64 for fp64 input); 0 for N = 0. Logits are
     rounded to the input's dtype by the GEMM, everything after is fp32. The gradient is computed in forward, so logits
-    live one chunk long and are never kept; extra memory is d_hidden and one chunk of logits. No host synchronisation.
+    live one chunk long and are never kept; extra memory is d_hidden and one chunk of logits and hidden states, as large
+    for any N. No host synchronisation.
     """
     return _LinearCrossEntropy.apply(hidden_TH, weight_VH, label_index_N, label_ids_N, by)

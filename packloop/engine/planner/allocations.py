@@ -45,10 +45,9 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What of a micro-batch decides its memory. labels: slots that count."""
+    """What of a micro-batch decides its memory. Not the labels: the head's buffers are as large for any number."""
 
     slots: int
-    labels: int
     attention: str
 
 
@@ -328,18 +327,10 @@ class Step:
         events.allocate("normed", hidden, "head")
         events.allocate("rstd", self.micro.slots * _FP32, "head")
         events.allocate("d_hidden", hidden, "head")
-        rows = rows_per_chunk(shape.vocabulary, shape.itemsize)
-        number = 0
-        for start in range(0, self.micro.labels, rows):
-            count, number = min(rows, self.micro.labels - start), number + 1
-            # A chunk's tensors live until the next one's have taken their names.
-            events.allocate(f"chunk {number}", count * shape.hidden * shape.itemsize, "head")
-            events.free(f"chunk {number - 1}")
-            events.allocate(f"logits {number}", count * shape.vocabulary * shape.itemsize, "head")
-            events.free(f"logits {number - 1}")
-            events.allocate("d_chunk", count * shape.hidden * shape.itemsize, "head")
-            events.free("d_chunk")
-        events.free(f"chunk {number}", f"logits {number}", "normed")
+        rows = min(rows_per_chunk(shape.vocabulary, shape.itemsize), self.micro.slots)
+        events.allocate("chunk", rows * shape.hidden * shape.itemsize, "head")
+        events.allocate("logits", rows * shape.vocabulary * shape.itemsize, "head")
+        events.free("chunk", "logits", "normed")
         events.allocate("scaled", hidden, "head")
         events.free("d_hidden")
         events.allocate("gradient", hidden)

@@ -28,7 +28,7 @@ _COPIED = ("sdpa", "cudnn")
 class Load:
     """A micro-batch, on average: slots, those of them with a real token, labels, and the squares of lengths summed.
 
-    most_slots, most_labels: of the largest, which decides on memory.
+    most_slots: of the largest, which decides on memory.
     """
 
     slots: float
@@ -36,7 +36,6 @@ class Load:
     labels: float
     squared_lengths: float
     most_slots: int
-    most_labels: int
     attention: str
 
 
