@@ -64,7 +64,7 @@ def test_what_runs_gives_torchs_bits(shape, transposed, spare):
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("shape", [(12288, 11072, 4096), *SHAPES])
 def test_what_adds_gives_torchs_bits_and_leaves_the_addend(shape, transposed):
-    """The addend in columns of a wider buffer, and once in the very place of the result."""
+    """The addend lies in columns of a wider buffer."""
     x, w, wide = operands(*shape, transposed=transposed, spare=64)
     out, addend = wide[:, : shape[2]], random(shape[0], shape[2] + 8, seed=5)[:, : shape[2]]
     before, expected = addend.clone(), torch.addmm(addend, x, w)
