@@ -37,7 +37,6 @@ class Library:
         self._devices = devices
         self.calls: Counter[str] = Counter()
         self.called_on: dict[str, int] = {}
-        self.arguments: dict[str, tuple] = {}  # of the latest call
         self.alive: dict[int, str] = {}
         self.refused: tuple[str, int] | None = None
 
@@ -45,7 +44,6 @@ class Library:
         def call(*arguments) -> int:
             self.calls[name] += 1
             self.called_on[name] = self._devices.current
-            self.arguments[name] = arguments
             if (name, self.calls[name]) == self.refused:
                 return 15
             if name.endswith("Create"):
@@ -100,7 +98,7 @@ def operands(**of_each) -> tuple[Operand, Operand, Operand]:
 def test_what_is_created_is_destroyed_with_the_product(library):
     product = cublaslt.Product(*operands())
     assert len(product.algorithms) == 2
-    assert sorted(library.alive.values()) == ["cublasLtMatmulDesc", *["cublasLtMatrixLayout"] * 4]
+    assert sorted(library.alive.values()) == ["cublasLtMatmulDesc", *["cublasLtMatrixLayout"] * 3]
     del product
     assert library.alive == {}
 
@@ -124,23 +122,6 @@ def test_a_product_that_is_refused_leaves_nothing_behind(library, refused):
         cublaslt.Product(*operands())
     del caught  # its traceback holds the product
     assert library.alive == {}
-
-
-def test_an_addend_is_the_librarys_c_with_a_layout_of_its_own(library):
-    x, w, out = operands()
-    addend = Operand(6, 10, strides=(32, 1), address=0x7F0000001000)
-    product = cublaslt.Product(x, w, out, addend)
-    made = library.calls["cublasLtMatrixLayoutCreate"]
-    assert made == 4
-    for given, factor, c_address in (((addend,), 1.0, addend.data_ptr()), ((), 0.0, out.data_ptr())):
-        product.run(product.algorithms[0], x, w, out, *given)
-        arguments = library.arguments["cublasLtMatmul"]
-        assert (arguments[7]._obj.value, arguments[8]) == (factor, c_address)
-        c_layout, d_address, d_layout = arguments[9:12]
-        assert d_address == out.data_ptr()
-        assert c_layout.value != d_layout.value
-    assert product.is_aligned(x, w, out, addend)
-    assert not product.is_aligned(x, w, out, Operand(6, 10, address=0x7F0000001002))
 
 
 @pytest.mark.parametrize("current", [0, 1])
@@ -177,10 +158,6 @@ def test_only_operands_of_one_device_dtype_and_shape_fit(library):
     assert not cublaslt.fits(x, w, Operand(6, 10, gpu=1))
     assert not cublaslt.fits(Operand(6, 8, strides=(1, 6)), w, out)
     assert not cublaslt.fits(x, Operand(8, 10, strides=(20, 2)), out)
-    assert cublaslt.fits(x, w, out, Operand(6, 10, strides=(64, 1)))
-    assert not cublaslt.fits(x, w, out, Operand(6, 10, strides=(1, 6)))
-    assert not cublaslt.fits(x, w, out, Operand(6, 9))
-    assert not cublaslt.fits(x, w, out, Operand(6, 10, gpu=1))
 
 
 @pytest.mark.parametrize("raised", [OSError("no such file"), AttributeError("undefined symbol: cublasLtMatmul")])

@@ -28,7 +28,6 @@ PHASES = (FORWARD, RECOMPUTATION, BACKWARD, UPDATE)
 _PRODUCTS = {
     "aten::mm": (0, 1),
     "packloop::mm": (0, 1),
-    "packloop::addmm": (0, 1),
     "packloop::gated_forward": (0, 1),
     "packloop::gated_backward": (0, 1),
     "aten::addmm": (1, 2),

@@ -56,7 +56,6 @@ _GEMMS = (
     "splitK",
     "aten::mm",
     "packloop::mm",
-    "packloop::addmm",
     "packloop::gated",
     "aten::addmm",
     "aten::bmm",

@@ -4,7 +4,7 @@ torch takes the one that the heuristic likes best. Others may be faster where po
 workspace each sums every element of the result in one piece, in order of the inner dimension.
 Source of names and values: cublasLt.h of CUDA 12 and 13, which do not differ here.
 
-Shapes: x [M, K], w [K, N], out and addend [M, N]. All but w have adjacent columns, w adjacent columns or rows.
+Shapes: x [M, K], w [K, N], out [M, N]. x and out have adjacent columns; w has adjacent columns or adjacent rows.
 """
 
 from __future__ import annotations
@@ -99,10 +99,8 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return nullcontext() if is_current else torch.cuda.device(device)
 
 
-def fits(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor | None = None) -> bool:
+def fits(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> bool:
     """Whether these are 16-bit matrices of one dtype on one GPU, shaped and laid out as the head of this file says."""
-    if addend_MN is not None and not (_alike(addend_MN, out_MN) and addend_MN.stride(1) == 1):
-        return False
     return (
         x_MK.is_cuda
         and x_MK.device == w_KN.device == out_MN.device
@@ -116,22 +114,16 @@ def fits(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor | None = 
     )
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return (one.device, one.dtype, one.shape) == (other.device, other.dtype, other.shape)
-
-
 class Product:
-    """`x @ w`, or `addend + x @ w`, for operands of one shape, strides, dtype and device (see `fits`) at addresses that
-    `is_aligned` takes.
+    """`x @ w` for operands of one shape, strides, dtype and device (see `fits`) at addresses that `is_aligned` takes.
 
     algorithms: what the heuristic offers for them, its favourite first; each an argument for `run`. CublasLtError
     where the library refuses.
     """
 
-    def __init__(self, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor | None = None):
+    def __init__(self, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor):
         (num_rows, inner), num_columns = x_MK.shape, w_KN.shape[1]
-        added = out_MN if addend_MN is None else addend_MN
-        self._alignment = _alignment(x_MK, w_KN, out_MN, added)
+        self._alignment = _alignment(x_MK, w_KN, out_MN)
         self._handle = _handle(x_MK.device.index)
         self._one, self._zero = c_float(1.0), c_float(0.0)
         owned: list[tuple[Callable, c_void_p]] = []
@@ -146,8 +138,7 @@ class Product:
             _call("cublasLtMatmulDescSetAttribute", self._descriptor, _TRANSA, byref(value), ctypes.sizeof(value))
         dtype = _DTYPES[x_MK.dtype]
         w_shape = (inner, num_columns, w_KN.stride(1)) if is_transposed else (num_columns, inner, w_KN.stride(0))
-        results = ((num_columns, num_rows, matrix.stride(0)) for matrix in (added, out_MN))
-        shapes = (w_shape, (inner, num_rows, x_MK.stride(0)), *results)
+        shapes = (w_shape, (inner, num_rows, x_MK.stride(0)), (num_columns, num_rows, out_MN.stride(0)))
         self._layouts = []
         for rows, columns, leading in shapes:
             layout = c_void_p()
@@ -157,39 +148,31 @@ class Product:
         with on_device(x_MK.device):
             self.algorithms = self._offered()
 
-    def is_aligned(self, *operands: Tensor) -> bool:
+    def is_aligned(self, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> bool:
         """Whether all lie at multiples of what divides the addresses this was made for, at most 256 bytes."""
-        return all(operand.data_ptr() % self._alignment == 0 for operand in operands)
+        return (x_MK.data_ptr() | w_KN.data_ptr() | out_MN.data_ptr()) % self._alignment == 0
 
     def _offered(self) -> list[ctypes.Array]:
-        w, x, addend, out = self._layouts
+        w, x, out = self._layouts
         preference, most_bytes = c_void_p(), c_uint64(0)
         results, count = (_HeuristicResult * _MOST_ALGORITHMS)(), c_int()
         _call("cublasLtMatmulPreferenceCreate", byref(preference))
         try:
             size = ctypes.sizeof(most_bytes)
             _call("cublasLtMatmulPreferenceSetAttribute", preference, _MAX_WORKSPACE_BYTES, byref(most_bytes), size)
-            matrices = (w, x, addend, out, preference)
+            matrices = (w, x, out, out, preference)
             arguments = (self._handle, self._descriptor, *matrices, _MOST_ALGORITHMS, byref(results), byref(count))
             _call("cublasLtMatmulAlgoGetHeuristic", *arguments)
         finally:
             _library().cublasLtMatmulPreferenceDestroy(preference)
         return [result.algorithm for result in results[: count.value] if result.state == 0]
 
-    def run(
-        self,
-        algorithm: ctypes.Array,
-        x_MK: Tensor,
-        w_KN: Tensor,
-        out_MN: Tensor,
-        addend_MN: Tensor | None = None,
-    ) -> None:
-        """out = x @ w, plus the addend, on their device's current stream, for operands like those this was made for.
+    def run(self, algorithm: ctypes.Array, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> None:
+        """out = x @ w on their device's current stream, for operands like those that this was made for.
 
         CublasLtError where the library refuses the algorithm.
         """
-        w, x, addend, out = self._layouts
-        added, factor = (out_MN, self._zero) if addend_MN is None else (addend_MN, self._one)
+        w, x, out = self._layouts
         with on_device(x_MK.device):
             _call(
                 "cublasLtMatmul",
@@ -200,9 +183,9 @@ class Product:
                 w,
                 x_MK.data_ptr(),
                 x,
-                byref(factor),
-                added.data_ptr(),
-                addend,
+                byref(self._zero),
+                out_MN.data_ptr(),
+                out,
                 out_MN.data_ptr(),
                 out,
                 byref(algorithm),

@@ -1,10 +1,10 @@
 """A whole Llama decoder layer as one autograd function, over a frozen base with LoRA adapters.
 
-    n1 = norm(x1)                   q, k, v = n1 Wqkv' + LoRA, RoPE in place
+    x1 = residual + update          n1 = norm(x1)        q, k, v = n1 Wqkv' + LoRA, RoPE in place
     a  = attention(q, k, v)         x2 = x1 + a Wo' + LoRA                  n2 = norm(x2)
-    gate, up = n2 Wgu' + LoRA       h  = silu(gate) * up                    returns x2 + h Wd' + LoRA
+    gate, up = n2 Wgu' + LoRA       h  = silu(gate) * up                    returns (x2, h Wd' + LoRA)
 
-Neither sum takes a pass of its own: the first is fused into the norm after it, the second into the product before it.
+The pair (residual, update) travels between layers unsummed, so that every addition is fused into the norm after it.
 What is kept for backward, a token and layer, is the layer's `keeps`:
     all       x1, q, k, v, a, x2, gate, up, and n1, n2, h where an adapter's gradient needs them
     products  the same without n1, n2, h, each rebuilt by one pass over what it was made from
@@ -12,7 +12,8 @@ What is kept for backward, a token and layer, is the layer's `keeps`:
 Where gate and up are interleaved (`gated`), the products around h make it in their epilogues, and it is never kept.
 The first layer's q, k and v are made once for each distinct token where the micro-batch tells which (`token_reuse`).
 
-Shapes: T slots, H hidden features, I intermediate features, O output features of a group.
+Shapes: T slots, H hidden features, I intermediate features, O output features of a group. One tensor of gradients
+serves residual and update: they enter only as a sum.
 """
 
 from __future__ import annotations
@@ -229,10 +230,10 @@ def _gate_and_up(layer: FusedLayer, gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    layer: FusedLayer, batch: Batch, weights: _Weights, x1: Tensor, *, needs_output: bool
-) -> tuple[_Activations, Tensor | None]:
-    """(what backward needs, output). A recomputation needs no output and ends before the last product."""
-    kept = _Activations(x1=x1)
+    layer: FusedLayer, batch: Batch, weights: _Weights, residual: Tensor, update: Tensor | None, *, needs_output: bool
+) -> tuple[_Activations, Tensor, Tensor | None]:
+    """(what backward needs, x2, output). A recomputation needs no output and ends before the last product."""
+    kept = _Activations(x1=residual)
 
     def keep_input(group: str, x_wide: Tensor, projected: Tensor | None) -> None:
         """The input where backward is to have it, and the projections; None for those in its spare columns."""
@@ -246,22 +247,20 @@ def _forward(
         if is_kept:
             kept.inputs[group] = x_wide
 
-    def product(
-        group: str, x_wide: Tensor, out: Tensor, by: ProductLibrary, addend: Tensor | None = None
-    ) -> Tensor | None:
+    def product(group: str, x_wide: Tensor, out: Tensor, by: ProductLibrary) -> Tensor | None:
         """Fills `out` with the group's outputs; returns the projections where they are not in spare columns."""
         weight, adapters, dropout = weights[group], layer.groups[group], layer.dropout(batch, group)
         if isinstance(weight, ExtendedWeight) and x_wide.shape[1] > weight.num_features:
-            extended_group_forward(x_wide, weight, adapters, dropout, out=out, addend=addend, by=by)
+            extended_group_forward(x_wide, weight, adapters, dropout, out=out, by=by)
             return None
         dense = [weight.base] if isinstance(weight, ExtendedWeight) else weight
-        return lora_group_forward(x_wide, dense, adapters, dropout, out=out, addend=addend, by=by)[1]
+        return lora_group_forward(x_wide, dense, adapters, dropout, out=out, by=by)[1]
 
-    def linear(group: str, x_wide: Tensor, spare_columns: int = 0, addend: Tensor | None = None) -> Tensor:
-        """The group's outputs, plus the addend, with `spare_columns` beside them."""
+    def linear(group: str, x_wide: Tensor, spare_columns: int = 0) -> Tensor:
+        """The group's outputs, with `spare_columns` beside them."""
         num_outputs = sum(layer.groups[group].out_features)
         y_wide = new_rows(x_wide, num_outputs + spare_columns)
-        projected = product(group, x_wide, y_wide[:, :num_outputs], layer.operations.matmul, addend)
+        projected = product(group, x_wide, y_wide[:, :num_outputs], layer.operations.matmul)
         keep_input(group, x_wide, projected)
         return y_wide
 
@@ -277,7 +276,7 @@ def _forward(
         keep_input(group, x_wide, projected)
         return spread(few, distinct)
 
-    _, n1, rstd1 = _normed(layer, "qkv", x1, None)
+    x1, n1, rstd1 = _normed(layer, "qkv", residual, update)
     distinct = layer.reuses(batch)
     qkv = linear("qkv", n1) if distinct is None else linear_of_distinct("qkv", n1, distinct)
     del n1
@@ -299,19 +298,20 @@ def _forward(
         hidden = new_rows(gate, num_features + num_spare)
         swiglu_forward(gate, up, out=hidden[:, :num_features], by=layer.operations.swiglu)
     if needs_output:
-        out = linear("down", hidden, addend=x2)
+        out = linear("down", hidden)
     elif layer.has_adapter("down"):
         kept.projected["down"] = lora_project(hidden, layer.groups["down"], layer.dropout(batch, "down"))
-    kept.x2 = x2
+    # The function returns x2 as well: a detached alias keeps its graph node from holding itself alive.
+    kept.x1, kept.x2 = x1.detach(), x2.detach()
     kept.qkv, kept.attended, kept.attention_saved = qkv, attended, attention_saved
     kept.gate_up, kept.rstd1, kept.rstd2 = gate_up, rstd1, rstd2
-    return kept, out
+    return kept, x2, out
 
 
 def _backward(
     layer: FusedLayer, batch: Batch, weights: _Weights, kept: _Activations, d_out: Tensor, *, needs_dx: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """(gradient of x1, gradients of the masters that autograd is to add up) from the output's gradient."""
+    """(gradient of x1, gradients of the masters that autograd is to add up) from the one gradient of (x2 + output)."""
     gradients = MasterGradients(layer.groups, layer.masters)
     d_projected: dict[str, Tensor | None] = {}
 
@@ -401,28 +401,31 @@ def _backward(
 
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x1, layer: FusedLayer, batch: Batch, *masters):
-        kept, out = _forward(layer, batch, _Weights(layer), x1.detach(), needs_output=True)
+    def forward(ctx, residual, update, layer: FusedLayer, batch: Batch, *masters):
+        kept, x2, out = _forward(layer, batch, _Weights(layer), residual, update, needs_output=True)
         ctx.layer, ctx.batch = layer, batch
         ctx.kept = _Activations(x1=kept.x1) if layer.keeps == "input" else kept
-        return out
+        return x2, out
 
     @staticmethod
-    def backward(ctx, d_out):
+    def backward(ctx, d_x2, d_out):
         layer, batch, kept = ctx.layer, ctx.batch, ctx.kept
         ctx.kept = None
         recomputes = layer.keeps == "input"
         weights = _Weights(layer, for_backward=True, keeps=recomputes)
         if recomputes:
-            kept, _ = _forward(layer, batch, weights, kept.x1, needs_output=False)
+            kept, _, _ = _forward(layer, batch, weights, kept.x1, None, needs_output=False)
         d_x1, gradients = _backward(layer, batch, weights, kept, d_out, needs_dx=ctx.needs_input_grad[0])
-        return d_x1, None, None, *gradients
+        return d_x1, d_x1, None, None, *gradients
 
 
-def decoder_layer(x_TH: Tensor, layer: FusedLayer, batch: Batch) -> Tensor:
-    """The layer's output [T, H] for its input.
+def decoder_layer(
+    residual_TH: Tensor, update_TH: Tensor | None, layer: FusedLayer, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """(x2, output) of the layer for the sum residual + update; the layer's result is x2 + output, left unsummed.
 
     Nothing given is mutated; backward adds to `.grad` of the masters that have one, without autograd's hooks, and to
-    the others as autograd does.
+    the others as autograd does. The two results must enter whatever follows only as their sum (as `add_rms_norm` and
+    the next layer do): backward uses the one gradient that both then have.
     """
-    return _DecoderLayer.apply(x_TH, layer, batch, *layer.masters)
+    return _DecoderLayer.apply(residual_TH, update_TH, layer, batch, *layer.masters)

@@ -49,14 +49,13 @@ def extended_group_forward(
     dropout: Dropout | None = None,
     *,
     out: Tensor | None = None,
-    addend: Tensor | None = None,
     by: ProductLibrary = "auto",
 ) -> Tensor:
-    """y [T, O], plus the addend, in one product. `x_extended` [T, H + R]: x, and R columns that receive `projected`."""
+    """y [T, O] in one product. `x_extended` is [T, H + R]: x, and R columns that receive `projected`."""
     x_TH, projected_TR = x_extended.split([weight.num_features, group.a_RH.shape[0]], dim=1)
     lora_project(x_TH, group, dropout, out=projected_TR)
     rows = weight.buffer[: sum(group.out_features)]
-    return matmul(x_extended, rows.T, out=out, addend=addend, by=by)
+    return matmul(x_extended, rows.T, out=out, by=by)
 
 
 def extended_input_gradient(dy_extended: Tensor, weight: ExtendedWeight, *, by: ProductLibrary = "auto") -> Tensor:

@@ -107,13 +107,12 @@ def lora_group_forward(
     dropout: Dropout | None = None,
     *,
     out: Tensor | None = None,
-    addend: Tensor | None = None,
     by: ProductLibrary = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """`(y [T, O], projected [T, R])`, without autograd; `projected` is None where the group has no adapter.
 
     The rows of `weights_OH`, one after the other, are the group's outputs: one joined weight is one product, one a
-    member is one product each. `out` may be a column slice of a wider buffer. `addend` [T, O] is added to y.
+    member is one product each. `out` may be a column slice of a wider buffer.
     """
     num_tokens, num_outputs = x_TH.shape[0], sum(group.out_features)
     if sum(weight.shape[0] for weight in weights_OH) != num_outputs:
@@ -121,8 +120,7 @@ def lora_group_forward(
         raise ValueError(f"weights {given} for outputs {group.out_features}: {num_outputs} rows in all are needed")
     y_TO = torch.empty(num_tokens, num_outputs, dtype=x_TH.dtype, device=x_TH.device) if out is None else out
     for columns, weight_OH in _row_blocks(weights_OH):
-        added = None if addend is None else addend[:, columns]
-        matmul(x_TH, weight_OH.T, out=y_TO[:, columns], addend=added, by=by)
+        matmul(x_TH, weight_OH.T, out=y_TO[:, columns], by=by)
     if group.a_RH is None:
         return y_TO, None
     projected_TR = lora_project(x_TH, group, dropout)

@@ -2,16 +2,13 @@
 
 torch takes the algorithm that a heuristic names, which knows nothing of the power limit that large products run
 into. Here every algorithm on offer that gives torch's bits is timed, once for each shape, on the operands of the first
-call, after the GPU has been kept at work for a while. The operators `packloop::mm` and `packloop::addmm` show in
-profiles what ran.
-
-An addend, which torch copies into the result before it multiplies, is read by cuBLASLt in the product's own epilogue.
+call, after the GPU has been kept at work for a while. The operator `packloop::mm` shows in profiles what ran.
 
 Bits are compared on those operands and nowhere else: all rows of a result below 16 MiB, of a larger one every n-th,
 which come to about 8 MiB. That other rows and later operands give torch's bits too is inferred, not checked, so under
 `torch.use_deterministic_algorithms` every product is torch's.
 
-Shapes: x [M, K], w [K, N], out and addend [M, N], as in `cublaslt`.
+Shapes: x [M, K], w [K, N], out [M, N], as in `cublaslt`.
 """
 
 from __future__ import annotations
@@ -69,79 +66,62 @@ def why_not_cublaslt(device: torch.device) -> str | None:
 
 
 @torch.no_grad()
-def matmul(
-    x_MK: Tensor,
-    w_KN: Tensor,
-    *,
-    out: Tensor | None = None,
-    addend: Tensor | None = None,
-    by: ProductLibrary = "auto",
-) -> Tensor:
-    """`x @ w`, plus the addend, outside autograd, into `out` when given; torch's bits as far as they are compared.
+def matmul(x_MK: Tensor, w_KN: Tensor, *, out: Tensor | None = None, by: ProductLibrary = "auto") -> Tensor:
+    """`x @ w` outside autograd, into `out` when given; torch's bits as far as they are compared.
 
     The first call of a shape on a GPU times the algorithms, about half a second. `by="torch"` does not, nor does any
     call under deterministic algorithms. Raises ValueError where `by="cublaslt"` cannot run.
     """
     if by == "cublaslt" and (reason := why_not_cublaslt(x_MK.device)):
         raise ValueError(f"cublaslt {reason}")
+    if by == "torch" or not x_MK.is_cuda:
+        return torch.mm(x_MK, w_KN) if out is None else torch.mm(x_MK, w_KN, out=out)
     if out is None:
         out = torch.empty(x_MK.shape[0], w_KN.shape[1], dtype=x_MK.dtype, device=x_MK.device)
-    choice, number = (_TORCH, -1) if by == "torch" or not x_MK.is_cuda else _choice_for(x_MK, w_KN, out, addend)
+    choice, number = _choice_for(x_MK, w_KN, out)
     if choice.algorithm is None:
-        _by_torch(x_MK, w_KN, out, addend)
-    elif addend is None:
-        torch.ops.packloop.mm(x_MK, w_KN, out, number)
-    else:
-        torch.ops.packloop.addmm(x_MK, w_KN, out, addend, number)
+        return torch.mm(x_MK, w_KN, out=out)
+    torch.ops.packloop.mm(x_MK, w_KN, out, number)
     return out
 
 
-def _by_torch(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor | None) -> None:
-    if addend_MN is None:
-        torch.mm(x_MK, w_KN, out=out_MN)
-    else:
-        torch.addmm(addend_MN, x_MK, w_KN, out=out_MN)
-
-
-def choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor | None = None) -> Choice:
+def choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
     """What products of these shapes run by: chosen at the first call, which overwrites `out` with their product."""
-    return _choice_for(x_MK, w_KN, out_MN, addend_MN)[0]
+    return _choice_for(x_MK, w_KN, out_MN)[0]
 
 
-def _choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor | None = None) -> tuple[Choice, int]:
+def _choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> tuple[Choice, int]:
     if torch.are_deterministic_algorithms_enabled():
         return _TORCH, -1
     x_key = x_MK.device, x_MK.dtype, x_MK.shape, x_MK.stride()
     w_key = w_KN.device, w_KN.dtype, w_KN.shape, w_KN.stride()
     key = (*x_key, *w_key, out_MN.device, out_MN.dtype, out_MN.shape, out_MN.stride())
-    if addend_MN is not None:
-        key += (addend_MN.device, addend_MN.dtype, addend_MN.shape, addend_MN.stride())
     if (known := _choices.get(key)) is not None:
         return known
     if len(_choices) >= MOST_SHAPES:
         return _TORCH, -1
-    _chosen.append(_choose(x_MK, w_KN, out_MN, addend_MN))
+    _chosen.append(_choose(x_MK, w_KN, out_MN))
     _choices[key] = _chosen[-1], len(_chosen) - 1
     return _choices[key]
 
 
 @torch.no_grad()
-def _choose(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor | None = None) -> Choice:
+def _choose(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
     flops = 2.0 * x_MK.shape[0] * x_MK.shape[1] * w_KN.shape[1]
-    if flops < _LEAST_FLOPS or cublaslt.why_not() or not cublaslt.fits(x_MK, w_KN, out_MN, addend_MN):
+    if flops < _LEAST_FLOPS or cublaslt.why_not() or not cublaslt.fits(x_MK, w_KN, out_MN):
         return _TORCH
     with cublaslt.on_device(x_MK.device):
-        return _fastest(x_MK, w_KN, out_MN, addend_MN)
+        return _fastest(x_MK, w_KN, out_MN)
 
 
-def _fastest(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor | None) -> Choice:
-    shapes = f"{tuple(x_MK.shape)} x {tuple(w_KN.shape)}{'' if addend_MN is None else ' plus addend'}"
+def _fastest(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
+    shapes = f"{tuple(x_MK.shape)} x {tuple(w_KN.shape)}"
     try:
-        product = cublaslt.Product(x_MK, w_KN, out_MN, addend_MN)
+        product = cublaslt.Product(x_MK, w_KN, out_MN)
     except cublaslt.CublasLtError as error:
         logger.info("kernels.matmul: %s by torch: %s", shapes, error)
         return _TORCH
-    runs: list[Callable[[], object]] = [lambda: _by_torch(x_MK, w_KN, out_MN, addend_MN)]
+    runs: list[Callable[[], object]] = [lambda: torch.mm(x_MK, w_KN, out=out_MN)]
     runs[0]()
     # Every so many rows; an odd number, so that all rows of a tile have their turn.
     step = max(1, out_MN.numel() * out_MN.element_size() // _SAMPLE_BYTES) | 1
@@ -150,22 +130,18 @@ def _fastest(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor | Non
     for algorithm in product.algorithms:
         out_MN[::step].fill_(float("nan"))
         try:
-            product.run(algorithm, x_MK, w_KN, out_MN, addend_MN)
+            product.run(algorithm, x_MK, w_KN, out_MN)
         except cublaslt.CublasLtError:
             continue  # offered, and then refused
         if torch.equal(out_MN[::step], expected):
             algorithms.append(algorithm)
-            runs.append(lambda algorithm=algorithm: product.run(algorithm, x_MK, w_KN, out_MN, addend_MN))
+            runs.append(lambda algorithm=algorithm: product.run(algorithm, x_MK, w_KN, out_MN))
     times = _times_ms(runs)
     best = min(range(len(times)), key=times.__getitem__)
-    # The heuristic's favourite is what torch runs, without torch's copy of an addend.
-    usual = 1 if addend_MN is not None and len(runs) > 1 else 0
-    if 1 - times[best] / times[usual] < _LEAST_GAIN:
-        best = usual
     gain = 1 - times[best] / times[0]
-    compared = f"{len(product.algorithms)} algorithms, {len(runs) - 1} with torch's bits, {100 * gain:.1f} % gained"
+    compared = f"{len(product.algorithms)} algorithms, {len(runs) - 1} with torch's bits, {100 * gain:.1f} % to gain"
     logger.debug("kernels.matmul: %s: %s", shapes, compared)
-    return _TORCH if algorithms[best] is None else Choice(product, algorithms[best], gain)
+    return Choice(product, algorithms[best], gain) if gain >= _LEAST_GAIN else _TORCH
 
 
 def _times_ms(runs: list[Callable[[], object]]) -> list[float]:
@@ -190,26 +166,16 @@ def _times_ms(runs: list[Callable[[], object]]) -> list[float]:
 
 
 def _run_chosen(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, number: int) -> None:
-    _run(_chosen[number], x_MK, w_KN, out_MN)
-
-
-def _run_chosen_with_addend(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor, number: int) -> None:
-    _run(_chosen[number], x_MK, w_KN, out_MN, addend_MN)
-
-
-def _run(choice: Choice, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, addend_MN: Tensor | None = None) -> None:
-    operands = (x_MK, w_KN, out_MN) if addend_MN is None else (x_MK, w_KN, out_MN, addend_MN)
-    if choice.product.is_aligned(*operands):
+    product, algorithm = _chosen[number].product, _chosen[number].algorithm
+    if product.is_aligned(x_MK, w_KN, out_MN):
         try:
-            choice.product.run(choice.algorithm, *operands)
+            product.run(algorithm, x_MK, w_KN, out_MN)
             return
         except cublaslt.CublasLtError as error:
             logger.debug("kernels.matmul: by torch this time: %s", error)
-    _by_torch(x_MK, w_KN, out_MN, addend_MN)
+    torch.mm(x_MK, w_KN, out=out_MN)
 
 
 _LIBRARY = torch.library.Library("packloop", "FRAGMENT")
 _LIBRARY.define("mm(Tensor x, Tensor w, Tensor(a!) out, int choice) -> ()")
-_LIBRARY.define("addmm(Tensor x, Tensor w, Tensor(a!) out, Tensor addend, int choice) -> ()")
 _LIBRARY.impl("mm", _run_chosen, "CUDA")
-_LIBRARY.impl("addmm", _run_chosen_with_addend, "CUDA")

@@ -30,7 +30,7 @@ from packloop.kernels.gated import library_for
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
 from packloop.kernels.lora_linear import Dropout, Lora
 from packloop.kernels.operations import AUTO, Operations
-from packloop.kernels.rms_norm import rms_norm
+from packloop.kernels.rms_norm import add_rms_norm
 from packloop.kernels.rope import Rotation
 
 # Of a model, for `kernels.gated=quack`.
@@ -188,7 +188,7 @@ class _StockLayers:
 
 
 class FusedLayers:
-    """The same layers as `decoder_layer` runs them, and the final norm by the same kernel.
+    """The same layers as `decoder_layer` runs them, with the last residual sum fused into the final norm.
 
     attention: one for all layers, or one for each.
     """
@@ -219,11 +219,12 @@ class FusedLayers:
     def __call__(self, llama_model: LlamaModel, hidden_BLH: Tensor, position_ids_BL: Tensor, layout: DocumentLayout):
         self._adapters.refresh()
         batch = self.batch(llama_model, position_ids_BL, layout)
-        x_TH = hidden_BLH.flatten(0, 1)
+        residual_TH, update_TH = hidden_BLH.flatten(0, 1), None
         for layer in self.layers:
-            x_TH = decoder_layer(x_TH, layer, batch)
+            residual_TH, update_TH = decoder_layer(residual_TH, update_TH, layer, batch)
         norm = llama_model.norm
-        normed_TH = rms_norm(x_TH, norm.weight, norm.variance_epsilon, by=self._operations.rms_norm)
+        by = self._operations.rms_norm
+        _, normed_TH = add_rms_norm(residual_TH, update_TH, norm.weight, norm.variance_epsilon, by=by)
         return normed_TH.view(hidden_BLH.shape)
 
     def attentions(self, llama_model: LlamaModel) -> list[Attention | None]:

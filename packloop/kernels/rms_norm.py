@@ -264,9 +264,8 @@ class _AddRmsNorm(torch.autograd.Function):
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH, weight_H, eps, by):
-        _, normed_TH, rstd_T = add_rms_norm_forward(x_TH, None, weight_H, eps, by=by)
-        ctx.by = by
+    def forward(ctx, x_TH, weight_H, eps):
+        _, normed_TH, rstd_T = add_rms_norm_forward(x_TH, None, weight_H, eps)
         ctx.save_for_backward(x_TH, weight_H, rstd_T)
         return normed_TH
 
@@ -274,24 +273,18 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx, d_normed_TH):
         x_TH, weight_H, rstd_T = ctx.saved_tensors
         dx_TH, d_weight_H = add_rms_norm_backward(
-            d_normed_TH.contiguous(),
-            None,
-            x_TH,
-            weight_H,
-            rstd_T,
-            needs_weight_grad=ctx.needs_input_grad[1],
-            by=ctx.by,
+            d_normed_TH.contiguous(), None, x_TH, weight_H, rstd_T, needs_weight_grad=ctx.needs_input_grad[1]
         )
-        return dx_TH, None if d_weight_H is None else d_weight_H.to(weight_H.dtype), None, None
+        return dx_TH, None if d_weight_H is None else d_weight_H.to(weight_H.dtype), None
 
 
-def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, *, by: Implementation = "auto") -> Tensor:
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """`weight * (x / sqrt(mean(x^2) + eps))` over the last of two dimensions.
 
     Keeps x and one float32 a token for backward; the weight's gradient is formed only when it requires one.
     Source: Zhang and Sennrich, arXiv:1910.07467.
     """
-    return _RmsNorm.apply(x_TH, weight_H, eps, by)
+    return _RmsNorm.apply(x_TH, weight_H, eps)
 
 
 def add_rms_norm(

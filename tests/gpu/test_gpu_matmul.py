@@ -61,43 +61,6 @@ def test_what_runs_gives_torchs_bits(shape, transposed, spare):
         assert torch.equal(matmul.matmul(x, w, by=by), expected)
 
 
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("shape", [(12288, 11072, 4096), *SHAPES])
-def test_what_adds_gives_torchs_bits_and_leaves_the_addend(shape, transposed):
-    """The addend lies in columns of a wider buffer."""
-    x, w, wide = operands(*shape, transposed=transposed, spare=64)
-    out, addend = wide[:, : shape[2]], random(shape[0], shape[2] + 8, seed=5)[:, : shape[2]]
-    before, expected = addend.clone(), torch.addmm(addend, x, w)
-    for by in ("cublaslt", "auto", "torch"):
-        wide.fill_(float("nan"))
-        assert matmul.matmul(x, w, out=out, addend=addend, by=by) is out
-        assert torch.equal(out, expected)
-        assert bool(wide[:, shape[2] :].isnan().all())
-        assert torch.equal(addend, before)
-        assert torch.equal(matmul.matmul(x, w, addend=addend, by=by), expected)
-
-
-@pytest.mark.parametrize("shape", [(2048, 11072, 4096), (1000, 4096, 4104)])
-def test_every_algorithm_on_offer_adds(shape, force):
-    x, w, wide = operands(*shape, transposed=True, spare=64)
-    out, addend = wide[:, : shape[2]], random(shape[0], shape[2], seed=5)
-    product = cublaslt.Product(x, w, out, addend)
-    exact = addend.double() + x.double() @ w.double()
-    allowed = 2 * (torch.addmm(addend, x, w).double() - exact).abs().max()
-    for number in range(len(product.algorithms)):
-        force(product, number)
-        wide.fill_(float("nan"))
-        matmul.matmul(x, w, out=out, addend=addend)
-        assert (out.double() - exact).abs().max() <= allowed, f"algorithm {number}"
-
-
-def test_a_large_product_with_an_addend_is_never_left_to_torchs_copy():
-    x, w, out = operands(12288, 11072, 4096, transposed=True)
-    choice = matmul.choice_for(x, w, out, random(12288, 4096, seed=5))
-    assert choice.algorithm is not None
-    assert choice.gain > 0
-
-
 @pytest.mark.parametrize("spare", [0, 64])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("shape", [(2048, 4160, 4096), (1000, 4096, 4104), (4095, 1032, 4096)])

@@ -149,12 +149,17 @@ class Step:
             events.allocate(f"weight {group.name}", size, "dequantised weights")
 
     def _forward(self, events: _Events, keeps: Keeps, before: Keeps | None, is_cached: bool) -> None:
-        if before is not None:  # the output of the layer before under its new owner's name, else the embedding's
+        if before is None:
+            events.allocate("x1", self._row * self.shape.hidden, "activations")  # the embedding's output
+        self._run_forward(events, keeps, is_cached, makes_x1=before is not None)
+        if before is not None:  # what the loop over the layers held until now
             events.release("out", self._row * self.shape.hidden, "activations", events.layer - 1)
-        events.allocate("x1", self._row * self.shape.hidden, "activations")
-        self._run_forward(events, keeps, is_cached)
+            if before == "input":
+                events.release("x2", self._row * self.shape.hidden, "activations", events.layer - 1)
 
-    def _run_forward(self, events: _Events, keeps: Keeps, is_cached: bool, *, is_recomputed: bool = False) -> None:
+    def _run_forward(
+        self, events: _Events, keeps: Keeps, is_cached: bool, *, makes_x1: bool = False, is_recomputed: bool = False
+    ) -> None:
         shape, row = self.shape, self._row
         qkv, o, gate_up, down = shape.groups
         part = "working set" if keeps == "input" else "activations"
@@ -171,6 +176,8 @@ class Step:
 
         inputs_part = "inputs" if keeps_inputs else "working set"
         events.allocate("n1", row * (shape.hidden + qkv.spare), inputs_part)
+        if makes_x1:
+            events.allocate("x1", row * shape.hidden, "activations")
         events.allocate("rstd1", self.micro.slots * _FP32, part)
         linear(qkv, name="qkv", extended=True)
         if not (keeps_inputs and qkv.num_ranks):
@@ -205,7 +212,7 @@ class Step:
         if shape.is_gated or not (keeps_inputs and down.num_ranks):
             events.free("hidden")
         if keeps == "input":
-            events.free("rstd1", "qkv", "attended", "lse", "sdpa keys", "x2", "rstd2", "gate_up")
+            events.free("rstd1", "qkv", "attended", "lse", "sdpa keys", "rstd2", "gate_up")
             events.free(*(f"projected {group.name}" for group in shape.groups))
 
     def _attend(self, events: _Events, part: str) -> None:
@@ -324,8 +331,12 @@ class Step:
         """Final norm, head and loss forward and backward, up to the last layer's gradient."""
         shape, row = self.shape, self._row
         hidden = row * shape.hidden
-        events.allocate("normed", hidden, "head")
+        for name in ("normed", "total"):
+            events.allocate(name, hidden, "head")
         events.allocate("rstd", self.micro.slots * _FP32, "head")
+        events.release("out", hidden, "activations", events.layer)
+        if keeps == "input":
+            events.release("x2", hidden, "activations", events.layer)
         events.allocate("d_hidden", hidden, "head")
         rows = min(rows_per_chunk(shape.vocabulary, shape.itemsize), self.micro.slots)
         events.allocate("chunk", rows * shape.hidden * shape.itemsize, "head")
@@ -334,5 +345,4 @@ class Step:
         events.allocate("scaled", hidden, "head")
         events.free("d_hidden")
         events.allocate("gradient", hidden)
-        events.free("scaled", "rstd")
-        events.release("out", hidden, "activations", events.layer)  # which the norm's backward pass has read
+        events.free("scaled", "total", "rstd")

@@ -128,10 +128,8 @@ class TimeModel:
 
     def _forward(self, work: _Work, keeps: str, is_cached: bool, *, is_recomputed: bool) -> None:
         shape = self.shape
-        # The second norm adds the residual and its update; the last product reads the second residual in its epilogue.
-        self._stream(work, NORMS, shape.hidden * (2 + 4), calls=2)
-        if not is_recomputed:
-            self._stream(work, PRODUCTS, shape.hidden, calls=0)
+        # The first norm adds the residual and its update, but not when it runs again; the second always does.
+        self._stream(work, NORMS, shape.hidden * ((2 if is_recomputed else 4) + 4), calls=2)
         for group in shape.groups:
             needs_product = not (is_recomputed and group.name == "down")
             if needs_product:
@@ -234,7 +232,7 @@ class TimeModel:
     def _ends(self) -> _Work:
         """Embedding, final norm, head and loss, both ways, and the adapters' copies, of one micro-batch."""
         work, shape, load = _Work(), self.shape, self.load
-        self._stream(work, NORMS, (2 + 2 + 3) * shape.hidden, calls=3)
+        self._stream(work, NORMS, (2 + 4 + 4) * shape.hidden, calls=3)
         for inputs, outputs in ((shape.hidden, shape.vocabulary), (shape.vocabulary, shape.hidden)):
             self._product(work, inputs, outputs, rows=load.labels, kind=HEAD)
         work.spend(HEAD, 3 * load.labels * shape.vocabulary * shape.itemsize / self.rates.loss)
