@@ -55,7 +55,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--floor", action="store_true", help="packloop's turns A time the floor of each step too")
     parser.add_argument("--no-extras", action="store_true", help="only the turns")
     parser.add_argument(
-        "--peer-batch-too", type=int, metavar="B", help="a last, shorter turn of the peer at this batch"
+        "--peer-batch-too",
+        type=_batches,
+        default=[],
+        metavar="B,B,...",
+        help="last, shorter turns of the peer at these batches",
     )
     parser.add_argument("--sweep", type=_batches, metavar="B,B,...", help="try these batches instead of taking turns")
     parser.add_argument("--sweep-side", choices=("A", "B"), help="only this side; default both")
@@ -129,7 +133,7 @@ class Comparison:
         turns = [(turn, turn, of_a if turn == "A" else []) for turn in self.arguments.turns]
         extras = () if self.arguments.no_extras else self.case.extras
         turns += [(name, "A", shlex.split(options)) for name, options in extras]
-        if batch := self.arguments.peer_batch_too:
+        for batch in self.arguments.peer_batch_too:
             turns.append((f"B at batch {batch}", "B", ["--batch", str(batch), "--steps", "4"]))
         return turns
 

@@ -212,7 +212,7 @@ def _default_tiles(dtype: torch.dtype, device: torch.device) -> tuple[Tiles, Bac
         Tiles(owned=64, streamed=32, num_warps=4, num_stages=2, max_registers=128),
         BackwardTiles(
             queries=Tiles(owned=64, streamed=32, num_warps=4, num_stages=2, max_registers=168),
-            keys=Tiles(owned=64, streamed=32, num_warps=4, num_stages=2),
+            keys=Tiles(owned=64, streamed=32, num_warps=4, num_stages=3),
         ),
     )
 
@@ -237,6 +237,8 @@ class DocumentAttention:
             _tiles_of(layout, tiles.owned)
 
     def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
+        # Of one row, a stock layer's q and k lie head by head.
+        q_THD, k_TKD, v_TKD = (x.contiguous() for x in (q_THD, k_TKD, v_TKD))
         return _Differentiable.apply(q_THD, k_TKD, v_TKD, self, layout, scale)
 
     def forward(
