@@ -150,7 +150,7 @@ def _command(places: dict[str, str], tmp_path: Path, *words: str) -> list[str]:
 
 
 def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsys):
-    against_peers.main(_command(places, tmp_path, "all-linear-unsloth", "--turns", "ABA"))
+    against_peers.main(_command(places, tmp_path, "all-linear-unsloth", "--turns", "ABA", "--no-extras"))
     result = json.loads((tmp_path / "out" / "all-linear-unsloth.json").read_text())
     mine, theirs, again = result["rows"]
     assert mine["who"] == "packloop", mine
