@@ -191,6 +191,11 @@ class KernelsConfig(Section):
         description="SwiGLU in the epilogues of the products around it (fused layers in bfloat16 over an NF4 base "
         "only). auto: quack on a Hopper GPU where quack-kernels runs, unless swiglu or matmul is torch.",
     )
+    padding: Literal["auto", "drop", "keep"] = Field(
+        "auto",
+        description="Whether the padding of a micro-batch's packs goes through the model (keep), or its documents lie "
+        "end to end (drop; attention document, flash_attn, varlen or flash_attn_4). auto: keep.",
+    )
     token_reuse: Literal["auto", "first_layer", "none"] = Field(
         "auto",
         description="Whether the first layer's q, k and v are made once for each distinct token of a micro-batch "

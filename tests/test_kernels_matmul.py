@@ -42,20 +42,19 @@ def test_a_shape_is_looked_at_once_and_so_many_at_most(monkeypatch):
     looked_at = []
 
     def choose(x, w, out):
-        looked_at.append(tuple(x.shape))
+        looked_at.append(tuple(w.shape))
         return Choice(None, object(), 0.1)
 
-    monkeypatch.setattr(matmul, "_choices", {})
-    monkeypatch.setattr(matmul, "_chosen", [])
+    forget(monkeypatch)
     monkeypatch.setattr(matmul, "_choose", choose)
     w = random(8, 10)
-    for num_rows in [*range(1, matmul.MOST_SHAPES + 9), 1, 2]:
-        x = random(num_rows, 8)
-        found = choice_for(x, w, torch.empty(num_rows, 10))
-        assert (found.algorithm is not None) == (num_rows <= matmul.MOST_SHAPES)
-    assert looked_at == [(num_rows, 8) for num_rows in range(1, matmul.MOST_SHAPES + 1)]
+    x = random(1, 8)
+    for width in [*range(10, matmul.MOST_SHAPES + 18), 10, 11]:
+        found = choice_for(x, random(8, width), torch.empty(1, width))
+        assert (found.algorithm is not None) == (width < matmul.MOST_SHAPES + 10)
+    assert looked_at == [(8, width) for width in range(10, matmul.MOST_SHAPES + 10)]
     # Other strides, dtypes and places are another shape, for which there is no room left.
-    x, out = random(1, 8), torch.empty(1, 10)
+    out = torch.empty(1, 10)
     assert choice_for(x, w, out).algorithm is not None
     assert choice_for(random(8, 1).T, w, out).algorithm is None
     assert choice_for(x, w.double(), out).algorithm is None
@@ -64,9 +63,44 @@ def test_a_shape_is_looked_at_once_and_so_many_at_most(monkeypatch):
     assert choice_for(x, w.to("meta"), out).algorithm is None
 
 
+def forget(monkeypatch) -> None:
+    for name, nothing in (("_choices", {}), ("_chosen", []), ("_timed", {})):
+        monkeypatch.setattr(matmul, name, nothing)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_few_rows_more_or_less_run_by_the_same_algorithm(monkeypatch, chosen):
+    """As micro-batches without padding have; a product for each shape, none where the library refuses it."""
+    timed, made = [], []
+
+    class Product:
+        def __init__(self, x, w, out):
+            if len(x) == 1000:
+                raise cublaslt.CublasLtError("cublasLtMatmulAlgoGetHeuristic failed with cublasStatus_t 15")
+            made.append(len(x))
+
+    def choose(x, w, out):
+        timed.append(len(x))
+        return Choice(Product(x, w, out), "fastest", 0.1) if chosen else matmul._TORCH
+
+    forget(monkeypatch)
+    monkeypatch.setattr(matmul, "_choose", choose)
+    monkeypatch.setattr(cublaslt, "Product", Product)
+    w, found = random(8, 10), {}
+    for rows in (1024, 1040, 1024, 960, 1000, 959, 1089, 2000):
+        found[rows] = choice_for(random(rows, 8), w, torch.empty(rows, 10))
+    assert timed == [1024, 959, 1089, 2000]
+    expected = {rows: "fastest" if chosen and rows != 1000 else None for rows in found}
+    assert {rows: choice.algorithm for rows, choice in found.items()} == expected
+    assert made == ([1024, 1040, 960, 959, 1089, 2000] if chosen else [])
+    assert len({id(choice.product) for choice in found.values() if choice.product}) == len(made)
+    # Of other strides it is another product.
+    choice_for(random(1024, 16)[:, :8], w, torch.empty(1024, 10))
+    assert timed[-1] == 1024
+
+
 def test_deterministic_products_are_torchs(monkeypatch):
-    monkeypatch.setattr(matmul, "_choices", {})
-    monkeypatch.setattr(matmul, "_chosen", [])
+    forget(monkeypatch)
     monkeypatch.setattr(matmul, "_choose", lambda *_operands: Choice(None, object(), 0.1))
     x, w, out = random(6, 8), random(8, 10), torch.empty(6, 10)
     assert choice_for(x, w, out).algorithm is not None

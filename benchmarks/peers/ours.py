@@ -45,6 +45,7 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
             dequant_cache=arguments.cached_layers,
             keep_inputs=arguments.keep_inputs_layers,
             gated=arguments.gated,
+            padding=arguments.padding,
         ),
     )
 
@@ -121,6 +122,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="directory")
     parser.add_argument("--attention", default="auto", help="a value of kernels.attention")
     parser.add_argument("--gated", choices=("auto", "quack", "none"), default="auto", help="a value of kernels.gated")
+    parser.add_argument("--padding", choices=("auto", "drop", "keep"), default="auto", help="of kernels.padding")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--fused", dest="layer", action="store_const", const="fused", default="auto")
     kind.add_argument("--stock", dest="layer", action="store_const", const="stock")

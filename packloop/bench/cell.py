@@ -48,6 +48,8 @@ OTHER_CONDITIONS = 4
 _OF_A_PROFILE = ("by_class_ms", "by_phase_ms")
 # Windows whose floor is timed; the median of these is as good as that of all.
 MOST_FLOORS = 5
+# Largest over smallest micro-batch that one size of products stands for: those without padding differ a little.
+_ALIKE = 1.03
 
 
 @dataclass(frozen=True)
@@ -306,14 +308,15 @@ def _of_plain_step(profile: Profile, step_ms: float) -> Profile:
 
 
 def _floor(taken: Probe, subject: Subject) -> FloorRecord | None:
-    """Of the timed steps, window by window; None where micro-batches differ in size: the products are of one size."""
-    if len({micro.num_slots for micro in taken.micros}) > 1:
+    """Of the timed steps, window by window, with products of the mean size; None where micro-batches differ much."""
+    sizes = [micro.num_slots for micro in taken.micros]
+    if max(sizes) > _ALIKE * min(sizes):
         return None
     device, num_micros = subject.device, taken.config.train.gradient_accumulation_steps
-    first = taken.micros[0]
+    num_slots = round(sum(sizes) / len(sizes))
     num_labels = round(sum(micro.num_label_tokens for micro in taken.micros) / len(taken.micros))
     dtype = getattr(torch, taken.config.model.dtype)
-    floor = Floor(subject.architecture, num_slots=first.num_slots, num_labels=num_labels, dtype=dtype, device=device)
+    floor = Floor(subject.architecture, num_slots=num_slots, num_labels=num_labels, dtype=dtype, device=device)
     layouts = [to_device(micro, device)[2] for micro in taken.micros]
     windows = [layouts[start : start + num_micros] for start in range(0, len(layouts), num_micros)][:MOST_FLOORS]
     times_ms = sorted(floor.step_ms(window) for window in windows)

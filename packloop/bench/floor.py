@@ -81,13 +81,13 @@ class Floor:
             self.products[f"{group.name} input gradient"] = self._fastest(gradients)
         self.attention: str | None = None
         self.why_attention = ""
-        self._attention_inputs: dict[int, list[Tensor]] = {}
+        self._attention_inputs: list[Tensor] = []
         if device.type == "cuda":
             torch.cuda.empty_cache()  # of the layouts that lost
 
     @classmethod
     def of(cls, config: LlamaConfig, micros: list[Micro], dtype: torch.dtype, device: torch.device) -> Floor:
-        """For steps like this one; their micro-batches are all of one size."""
+        """For steps like this one, with products of the first micro-batch's size."""
         first = micros[0].batch
         return cls(config, num_slots=first.num_slots, num_labels=first.num_label_tokens, dtype=dtype, device=device)
 
@@ -139,12 +139,12 @@ class Floor:
 
     def _inputs(self, num_slots: int) -> list[Tensor]:
         """q, k, v, the output's gradient, and places for the gradients of q, k and v."""
-        if num_slots not in self._attention_inputs:
+        if not self._attention_inputs or len(self._attention_inputs[0]) < num_slots:
             heads, kv_heads, head_dim = self._heads
             counts = (heads, kv_heads, kv_heads, heads)
             made = [_normal((num_slots, count, head_dim), self.dtype, self.device) for count in counts]
-            self._attention_inputs[num_slots] = made + [torch.empty_like(x) for x in made[:3]]
-        return self._attention_inputs[num_slots]
+            self._attention_inputs = made + [torch.empty_like(x) for x in made[:3]]
+        return [x[:num_slots] for x in self._attention_inputs]
 
     def _fastest(self, candidates: dict[str, Callable[[], None]]) -> Product:
         times = {name: _median_ms(run, self.device) for name, run in candidates.items()}

@@ -13,11 +13,11 @@ from transformers import AutoConfig, LlamaConfig
 
 from packloop.bench.synthetic import shape_config
 from packloop.config import ModelConfig, RunConfig
-from packloop.data.loader import Batch, PackLoader, TrainingData, build_data
+from packloop.data.loader import Batch, PackLoader, TrainingData, build_data, without_padding
 from packloop.engine.budget import GIB, settle_budget
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer, resolve_name
-from packloop.engine.plan import count_layers
+from packloop.engine.plan import count_layers, needs_rows
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.engine.planner.rates import ATTENTION_RATES
 from packloop.engine.planner.search import Candidate, Search
@@ -25,6 +25,7 @@ from packloop.engine.planner.shape import ModelShape
 from packloop.engine.planner.time import Load
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
+from packloop.kernels.attention import FLAT
 from packloop.kernels.flash_attention import NEEDED_CAPABILITY
 from packloop.kernels.gated import HOPPER, why_not_quack
 from packloop.kernels.operations import Operations
@@ -145,10 +146,16 @@ def attentions(config: RunConfig, gpu: Gpu) -> list[str]:
                 f"kernels.attention={asked}: the {gpu.key} has compute capability {_dotted(gpu.capability)}, "
                 f"{_dotted(needed)} is needed; use kernels.attention=auto"
             )
-        return [asked]
-    if config.model.dtype != "bfloat16":
-        return ["sdpa"]
-    return ["document", "varlen"] if config.data.packing == "bfd" else ["document", "varlen", "sdpa"]
+        possible = [asked]
+    elif config.model.dtype != "bfloat16":
+        possible = ["sdpa"]
+    else:
+        possible = ["document", "varlen", *(["sdpa"] if config.data.packing != "bfd" else [])]
+    if config.kernels.padding != "drop":
+        return possible
+    if not set(possible) & set(FLAT):
+        raise InputError(needs_rows(possible[0]))
+    return [name for name in possible if name in FLAT]
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -157,6 +164,8 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[[int], Load]:
     """The average micro-batch of that many packs, of an epoch's first packs; attention is left open."""
+
+    drops = config.kernels.padding == "drop"
 
     @cache
     def load_of(batch: int) -> Load:
@@ -173,7 +182,8 @@ def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[
             pad_token_id=pad_token_id,
         )
         count = min(max(1, loader.num_packs // batch), -(-_MAX_PACKS // batch))
-        return load_from([loader.next_window()[0] for _ in range(count)])
+        micros = [loader.next_window()[0] for _ in range(count)]
+        return load_from([without_padding(micro) for micro in micros] if drops else micros)
 
     if config.data.packing == "none":  # a micro-batch is as long as its longest document
         return load_of
@@ -181,7 +191,7 @@ def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[
     def scaled(batch: int) -> Load:
         one = load_of(1)
         return Load(
-            one.slots * batch,
+            (one.real_tokens if drops else one.slots) * batch,
             one.real_tokens * batch,
             one.labels * batch,
             one.squared_lengths * batch,

@@ -97,7 +97,8 @@ class Job:
                 f"{train.gradient_accumulation_steps}; give more rows or a smaller batch"
             )
         source = _WholeWindows(self.loader, train.per_device_train_batch_size, train.gradient_accumulation_steps)
-        self._windows = Windows(source, self.accelerator.device)
+        drops_padding = config.kernels.padding == "drop"
+        self._windows = Windows(source, self.accelerator.device, drops_padding=drops_padding)
         self.model = attach_adapter(base, config.lora, base_name="base")
         self.flat = FlatParameters(self.model)
         self.optimizer = make_optimizer(config, self.flat)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packloop.data.loader import Batch
+from packloop.data.loader import Batch, without_padding
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.token_reuse import DistinctTokens
 
@@ -48,6 +48,7 @@ class Windows:
     """A source's windows on the device, the next one made ready while the device works on the one before.
 
     prepare_layout: called with each micro-batch's layout, so that what attention needs of it is made ahead too.
+    drops_padding: whether micro-batches come without theirs.
     position: the source's after the window that `take` last returned, whatever was made ready since.
     """
 
@@ -56,9 +57,11 @@ class Windows:
         source: WindowSource,
         device: torch.device,
         prepare_layout: Callable[[DocumentLayout], None] = lambda layout: None,
+        *,
+        drops_padding: bool = False,
     ):
         self._source, self._device = source, device
-        self.prepare_layout = prepare_layout
+        self.prepare_layout, self._drops_padding = prepare_layout, drops_padding
         self._ready: list[Micro] | None = None
         self.position = source.state()
 
@@ -72,7 +75,10 @@ class Windows:
     def prepare(self) -> None:
         """Fetches the next window unless it is there already: host work and copies, no wait for the device."""
         if self._ready is None:
-            self._ready = [Micro.of(batch, self._device) for batch in self._source.next_window()]
+            batches = self._source.next_window()
+            if self._drops_padding:
+                batches = [without_padding(batch) for batch in batches]
+            self._ready = [Micro.of(batch, self._device) for batch in batches]
             for micro in self._ready:
                 self.prepare_layout(micro.layout)
 
@@ -88,6 +94,7 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Docum
         max_seqlen=batch.max_seqlen,
         cu_seqlens_cpu=batch.cu_seqlens,
         is_packed=bool((batch.document_ids > 0).any()),
+        num_positions=batch.num_positions,
         distinct=distinct,
     )
     return (

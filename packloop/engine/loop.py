@@ -187,7 +187,8 @@ def _train(
     num_steps = config.train.max_steps or math.ceil(config.train.num_train_epochs * loader.steps_per_epoch)
     set_seed(config.train.seed, device_specific=True)  # every rank draws its own dropout
     state = _restore(checkpoint, model, optimizer, loader, accelerator) if checkpoint else TrainState()
-    windows = Windows(loader, accelerator.device, layout_preparation(config))
+    drops_padding = config.kernels.padding == "drop"
+    windows = Windows(loader, accelerator.device, layout_preparation(config), drops_padding=drops_padding)
 
     if accelerator.is_main_process:
         if resume:

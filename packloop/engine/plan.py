@@ -18,7 +18,7 @@ from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.errors import ConfigError
-from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend, prepare_layout
+from packloop.kernels.attention import FLAT, DocumentLayout, choose_backend, load_backend, prepare_layout
 from packloop.kernels.operations import Operations, choose_operations
 from packloop.kernels.patch import why_not_fused, why_not_interleaved
 
@@ -90,7 +90,8 @@ def _resolve(
         operations = choose_operations(operations_of(config), device, fused=layer == "fused", unfit=unfit)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    chosen = {"layer": layer, "attention": attention, **asdict(operations)}
+    padding = _resolve_padding(config, attention)
+    chosen = {"layer": layer, "attention": attention, "padding": padding, **asdict(operations)}
     kernels = config.kernels.model_copy(update=chosen)
     config = config.model_copy(update={"kernels": kernels})
     plan = _plan(config, model, loader, device, paged_bytes)
@@ -124,6 +125,21 @@ def _resolve_attention(config: RunConfig, model: nn.Module, loader: PackLoader, 
         raise ConfigError(str(error)) from None
     logger.info("kernels.attention=%s: %s", name, why)
     return name
+
+
+def _resolve_padding(config: RunConfig, attention: str) -> str:
+    """`auto` keeps it, until dropping it has been timed on a GPU."""
+    if config.kernels.padding == "drop" and attention not in FLAT:
+        raise ConfigError(needs_rows(attention))
+    return "keep" if config.kernels.padding == "auto" else config.kernels.padding
+
+
+def needs_rows(attention: str) -> str:
+    """Why padding cannot be dropped under this backend, and what to change."""
+    return (
+        f"kernels.padding=drop: kernels.attention={attention} needs packs in rows of their own; use one of "
+        f"{', '.join(FLAT)}, or kernels.padding=keep"
+    )
 
 
 def _plan(

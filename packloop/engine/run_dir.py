@@ -21,7 +21,12 @@ from packloop.errors import ConfigError, InputError
 logger = logging.getLogger(__name__)
 
 # What ran before there was a choice, in runs whose resolved configuration does not name it.
-_UNNAMED = {"kernels.matmul": "torch", "kernels.gated": "none", "kernels.token_reuse": "none"}
+_UNNAMED = {
+    "kernels.matmul": "torch",
+    "kernels.gated": "none",
+    "kernels.token_reuse": "none",
+    "kernels.padding": "keep",
+}
 # What a resumed run may have instead, since not every machine has what its checkpoint names.
 _INSTEAD_ON_RESUME = {"kernels.gated": "none"}
 # Settings that do not touch the numbers of a run, so a resumed run may have others.

@@ -35,6 +35,7 @@ class DocumentLayout:
     max_seqlen: int
     is_packed: bool
     cu_seqlens_cpu: Tensor | None = None  # the same bounds on the host, where the loader made them
+    num_positions: int | None = None  # positions lie below it; None: below L
     distinct: DistinctTokens | None = None  # of the tokens in these slots, where their embeddings are what enters
 
     @cached_property
@@ -111,6 +112,10 @@ def _cudnn(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: DocumentLayou
         raise ValueError("attention 'cudnn' sees one causal sequence a row; packed documents need auto, varlen or sdpa")
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=True, scale=scale)
+
+
+# Backends that go by `cu_seqlens` alone, so that documents may lie anywhere in the rows.
+FLAT = ("document", "flash_attn", "varlen", "flash_attn_4")
 
 
 def rotates(backend: Attention) -> bool:

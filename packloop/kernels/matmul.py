@@ -4,6 +4,8 @@ torch takes the algorithm that a heuristic names, which knows nothing of the pow
 into. Here every algorithm on offer that gives torch's bits is timed, once for each shape, on the operands of the first
 call, after the GPU has been kept at work for a while. The operator `packloop::mm` shows in profiles what ran.
 
+A number of rows within a sixteenth of one that was timed runs by the algorithm found there.
+
 Bits are compared on those operands and nowhere else: all rows of a result below 16 MiB, of a larger one every n-th,
 which come to about 8 MiB. That other rows and later operands give torch's bits too is inferred, not checked, so under
 `torch.use_deterministic_algorithms` every product is torch's.
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 _LEAST_FLOPS = 5e9
 # Shapes for which an algorithm is looked for; the rest, of batches whose sizes differ, run as torch has it.
 MOST_SHAPES = 48
+# Of all shapes, those that follow a timed one counted in; each holds a few descriptors.
+_MOST_KNOWN = 1024
+_NEAR = 1 / 16
 # Seconds of products before the timed ones: the GPU's power limit must have set in.
 _WARM_UP_S = 0.2
 _ROUNDS, _REPEATS = 5, 2
@@ -56,6 +61,8 @@ _TORCH = Choice()
 # By shape, with the place in the list, which is what the operator is given.
 _choices: dict[tuple, tuple[Choice, int]] = {}
 _chosen: list[Choice] = []
+# By all of a shape but its rows: those that were timed, with what was chosen.
+_timed: dict[tuple, list[tuple[int, Choice]]] = {}
 
 
 def why_not_cublaslt(device: torch.device) -> str | None:
@@ -98,11 +105,29 @@ def _choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> tuple[Choice, int
     key = (*x_key, *w_key, out_MN.device, out_MN.dtype, out_MN.shape, out_MN.stride())
     if (known := _choices.get(key)) is not None:
         return known
-    if len(_choices) >= MOST_SHAPES:
+    rows = x_MK.shape[0]
+    family = (*x_key[:2], x_MK.shape[1], x_MK.stride(), *w_key, out_MN.device, out_MN.dtype, out_MN.stride())
+    near = [choice for timed, choice in _timed.get(family, ()) if abs(timed - rows) <= _NEAR * timed]
+    if len(_choices) >= (_MOST_KNOWN if near else MOST_SHAPES) or out_MN.shape != (rows, w_KN.shape[1]):
         return _TORCH, -1
-    _chosen.append(_choose(x_MK, w_KN, out_MN))
-    _choices[key] = _chosen[-1], len(_chosen) - 1
+    if near:
+        choice = _adapted(near[0], x_MK, w_KN, out_MN)
+    else:
+        choice = _choose(x_MK, w_KN, out_MN)
+        _timed.setdefault(family, []).append((rows, choice))
+    _chosen.append(choice)
+    _choices[key] = choice, len(_chosen) - 1
     return _choices[key]
+
+
+def _adapted(near: Choice, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
+    """The choice made for almost as many rows, for these."""
+    if near.algorithm is None:
+        return _TORCH
+    try:
+        return Choice(cublaslt.Product(x_MK, w_KN, out_MN), near.algorithm, near.gain)
+    except cublaslt.CublasLtError:
+        return _TORCH
 
 
 @torch.no_grad()

@@ -244,7 +244,7 @@ class FusedLayers:
         if llama_model.training and self._dropout_p > 0.0:
             # From torch's CPU generator, which checkpoints carry: the mask of a resumed step is the same one.
             dropout = Dropout(self._dropout_p, int(torch.randint(2**62, ()).item()))
-        cos_PD, sin_PD = self._rope_tables(llama_model, position_ids_BL.shape[1])
+        cos_PD, sin_PD = self._rope_tables(llama_model, layout.num_positions or position_ids_BL.shape[1])
         distinct = None if self._operations.token_reuse == "none" else layout.distinct
         return Batch(layout, Rotation(cos_PD, sin_PD, position_ids_BL.flatten()), dropout, distinct)
 

@@ -18,6 +18,7 @@ SHAPES = [(4096, 4160, 4096), (2048, 4096, 11008), (12288, 4288, 12288), (1000, 
 def _nothing_chosen_yet(monkeypatch):
     monkeypatch.setattr(matmul, "_choices", {})
     monkeypatch.setattr(matmul, "_chosen", [])
+    monkeypatch.setattr(matmul, "_timed", {})
 
 
 @pytest.fixture
@@ -27,6 +28,7 @@ def force(monkeypatch):
     def choose(product: cublaslt.Product, number: int) -> None:
         choice = matmul.Choice(product, product.algorithms[number], 0.5)
         monkeypatch.setattr(matmul, "_choices", {})
+        monkeypatch.setattr(matmul, "_timed", {})
         monkeypatch.setattr(matmul, "_choose", lambda *_operands: choice)
 
     return choose
@@ -162,6 +164,23 @@ def test_an_algorithm_that_was_chosen_runs_and_shows_in_a_profile(monkeypatch):
     assert torch.equal(out, torch.mm(x, w))
     (event,) = [event for event in profiler.events() if event.name == "packloop::mm"]
     assert event.input_shapes[:3] == [[2048, 4160], [4160, 4096], [2048, 4096]]
+
+
+@pytest.mark.parametrize("spare", [0, 64])
+def test_almost_as_many_rows_run_by_the_algorithm_that_was_timed(spare, monkeypatch):
+    monkeypatch.setattr(matmul, "_LEAST_GAIN", -1.0)
+    monkeypatch.setattr(matmul, "_times_ms", lambda runs: [1.0] + [0.5] * (len(runs) - 1))
+    x, w, wide = operands(4096, 4160, 4096, transposed=True, spare=spare)
+    out = wide[:, :4096]
+    timed = matmul.choice_for(x, w, out)
+    monkeypatch.setattr(matmul, "_choose", lambda *_operands: pytest.fail("timed again"))
+    for rows in (4000, 3968, 4095):
+        found = matmul.choice_for(x[:rows], w, out[:rows])
+        assert found.algorithm is timed.algorithm is not None
+        out.fill_(float("nan"))
+        matmul.matmul(x[:rows], w, out=out[:rows])
+        torch.testing.assert_close(out[:rows], torch.mm(x[:rows], w))
+        assert bool(out[rows:].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
