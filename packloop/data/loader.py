@@ -307,7 +307,7 @@ def without_padding(batch: Batch) -> Batch:
     numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
 
     def compacted(values: Tensor, filler: Tensor) -> Tensor:
-        return torch.cat([values.flatten()[is_real], filler.to(values.dtype)])[None]
+        return torch.cat([values.flatten()[is_real], filler])[None]
 
     return replace(
         batch,
