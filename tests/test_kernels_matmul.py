@@ -79,6 +79,16 @@ def test_a_few_rows_more_or_less_run_by_the_same_algorithm(monkeypatch, chosen):
                 raise cublaslt.CublasLtError("cublasLtMatmulAlgoGetHeuristic failed with cublasStatus_t 15")
             made.append(len(x))
 
+        def is_aligned(self, x, w, out):
+            return len(x) != 1010
+
+        def run(self, algorithm, x, w, out):
+            if len(x) == 1020:
+                raise cublaslt.CublasLtError("cublasLtMatmul failed with cublasStatus_t 15")
+            torch.mm(x, w, out=out)
+            if len(x) == 1030:
+                out[:, 0] += 1e-3  # other bits than torch's
+
     def choose(x, w, out):
         timed.append(len(x))
         return Choice(Product(x, w, out), "fastest", 0.1) if chosen else matmul._TORCH
@@ -87,13 +97,16 @@ def test_a_few_rows_more_or_less_run_by_the_same_algorithm(monkeypatch, chosen):
     monkeypatch.setattr(matmul, "_choose", choose)
     monkeypatch.setattr(cublaslt, "Product", Product)
     w, found = random(8, 10), {}
-    for rows in (1024, 1040, 1024, 960, 1000, 959, 1089, 2000):
+    for rows in (1024, 1040, 1024, 960, 1000, 1010, 1020, 1030, 959, 1089, 2000):
         found[rows] = choice_for(random(rows, 8), w, torch.empty(rows, 10))
     assert timed == [1024, 959, 1089, 2000]
-    expected = {rows: "fastest" if chosen and rows != 1000 else None for rows in found}
+    expected = {rows: "fastest" if chosen and rows not in (1000, 1010, 1020, 1030) else None for rows in found}
     assert {rows: choice.algorithm for rows, choice in found.items()} == expected
-    assert made == ([1024, 1040, 960, 959, 1089, 2000] if chosen else [])
-    assert len({id(choice.product) for choice in found.values() if choice.product}) == len(made)
+    assert made == ([1024, 1040, 960, 1020, 1030, 959, 1089, 2000] if chosen else [])
+    assert len({id(choice.product) for choice in found.values() if choice.product}) == (6 if chosen else 0)
+    # Those that follow take none of the places of those that are timed.
+    monkeypatch.setattr(matmul, "MOST_SHAPES", len(timed) + 1)
+    assert len(matmul._choices) > matmul.MOST_SHAPES
     # Of other strides it is another product.
     choice_for(random(1024, 16)[:, :8], w, torch.empty(1024, 10))
     assert timed[-1] == 1024

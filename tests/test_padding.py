@@ -17,6 +17,7 @@ from packloop.engine.loop import train
 from packloop.engine.model import load_tokenizer
 from packloop.errors import ConfigError, InputError
 from packloop.gpus import find_gpu
+from packloop.kernels import attention as attention_module
 from packloop.kernels.attention import FLAT
 
 CPU = torch.device("cpu")
@@ -63,13 +64,15 @@ def test_windows_drop_padding_where_they_are_told_to():
 def test_a_run_without_padding_learns_the_same(small_base, small_rows, tmp_path, monkeypatch):
     """With a backend that takes documents by a mask, which a CPU has."""
     monkeypatch.setattr(plan, "FLAT", (*FLAT, "sdpa"))
-    found = {}
+    found, slots = {}, {}
     for padding in ("keep", "drop"):
         run_dir = tmp_path / padding
         train(small_config(small_base, small_rows, run_dir, train={"max_steps": 4}, kernels={"padding": padding}))
         assert load_config(run_dir / "config.resolved.yaml").kernels.padding == padding
         found[padding] = read_steps(run_dir)
+        slots[padding] = [line["slot_tokens"] for line in found[padding]]
     assert len(found["keep"]) == len(found["drop"]) == 4
+    assert sum(slots["drop"]) < sum(slots["keep"])
     for padded, line in zip(found["keep"], found["drop"]):
         assert line["loss"] == pytest.approx(padded["loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
@@ -96,3 +99,38 @@ def test_predictions_count_no_padding(small_base, small_rows, tmp_path, packing)
     dropping = config.model_copy(update={"kernels": config.kernels.model_copy(update={"padding": "drop"})})
     with_padding, without = (loads(one, data, tokenizer.pad_token_id)(3) for one in (config, dropping))
     assert without.real_tokens == with_padding.real_tokens <= without.slots < with_padding.slots
+    assert without.most_slots == with_padding.most_slots
+
+
+def test_auto_takes_attention_that_needs_no_rows(monkeypatch):
+    """However fast the others: on a GPU, which is stood in for."""
+    monkeypatch.setattr(
+        attention_module, "usable_backends", lambda **_: dict.fromkeys((*FLAT, "cudnn", "sdpa", "eager"))
+    )
+    times = {"cudnn": 1.0, "sdpa": 1.1, "document": 2.0, "varlen": 3.0, "flash_attn": 1.5, "flash_attn_4": 4.0}
+    monkeypatch.setattr(attention_module, "time_backend", lambda name, *_: times[name])
+
+    def chosen(is_packed: bool, among):
+        cuda = torch.device("cuda")
+        options = {"dtype": torch.bfloat16, "device": cuda, "heads": (1, 1, 64), "layout": object(), "among": among}
+        return attention_module.choose_backend("auto", is_packed=is_packed, **options)[0]
+
+    assert chosen(False, None) == "cudnn"
+    assert chosen(False, FLAT) == chosen(True, FLAT) == "flash_attn"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], False),  # dropout on q and v
+        (["lora.dropout=0"], True),
+        (["lora.target_modules=[o_proj,down_proj]"], True),
+        (["lora.target_modules=all-linear"], False),
+        (["lora.dropout=0", "kernels.token_reuse=none"], False),
+        (["lora.dropout=0", "kernels.layer=stock"], False),
+    ],
+)
+def test_distinct_tokens_are_looked_for_where_they_serve(overrides, expected):
+    config = load_config("recipes/llama2-7b-dolly.yaml", overrides)
+    assert plan.window_options(config) == {"drops_padding": False, "finds_tokens": expected}
+    assert plan.window_options(load_config("recipes/llama2-7b-dolly.yaml", ["kernels.padding=drop"]))["drops_padding"]

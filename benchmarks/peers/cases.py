@@ -36,7 +36,7 @@ class Case:
     checks: tuple[Check, ...] = ()
 
 
-SMALLER = "ours at batch 6, floor"  # whose buffers find no room beside the largest batch
+SMALLER = "ours at batch 6, floor"  # the floor's own buffers find no room beside the largest batch
 SAME_BATCH, EAGER = "ours at the peer's batch", "ours, eager"
 # Named apart from A, so that both come from the same stretch of time.
 DROPOUT, NO_DROPOUT = "ours, dropout 0.1", "ours, dropout 0"
@@ -69,7 +69,7 @@ CASES = {
         checks=(Check(DROPOUT, NO_DROPOUT, 1 / 1.03),),
     ),
     "all-linear-unsloth": Case(
-        # Some layers' inputs are rebuilt: the peer's weights wait on the same GPU.
+        # For a GPU of 139 GiB; some layers' inputs are rebuilt, since the peer's weights wait on it too.
         ours=f"{_ALL} --batch 17 --recompute-layers none --cached-layers all --keep-inputs-layers 22",
         peers={
             "unsloth": f"{_ALL} --batch 16 --no-checkpointing",

@@ -96,6 +96,7 @@ class Floor:
         if self.attention is None:
             self.attention, self.why_attention = self._choose_attention(layouts)
             self._all_micro_batches(layouts)
+        self._inputs(max(layout.document_ids_BL.numel() for layout in layouts))
         synchronize()
         start = time.perf_counter()
         self._all_micro_batches(layouts)

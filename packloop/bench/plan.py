@@ -183,7 +183,11 @@ def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[
         )
         count = min(max(1, loader.num_packs // batch), -(-_MAX_PACKS // batch))
         micros = [loader.next_window()[0] for _ in range(count)]
-        return load_from([without_padding(micro) for micro in micros] if drops else micros)
+        # Memory is planned for with padding, as `train` does.
+        most_slots = max(micro.num_slots for micro in micros)
+        return replace(
+            load_from([without_padding(micro) for micro in micros] if drops else micros), most_slots=most_slots
+        )
 
     if config.data.packing == "none":  # a micro-batch is as long as its longest document
         return load_of

@@ -21,7 +21,7 @@ from packloop.engine.budget import GIB
 from packloop.engine.loop import make_loader, make_optimizer, set_numerics, train_step
 from packloop.engine.model import attach_adapter
 from packloop.engine.optim import FlatParameters
-from packloop.engine.plan import layout_preparation, patch_options, resolve_auto
+from packloop.engine.plan import layout_preparation, patch_options, resolve_auto, window_options
 from packloop.errors import InputError
 from packloop.kernels.patch import patched
 
@@ -63,7 +63,7 @@ class LapTimer:
 
 
 class _WholeWindows:
-    """A loader's windows without those at an epoch's end that are short: all steps are of one size."""
+    """A loader's windows without those at an epoch's end that are short: all steps are of as many packs."""
 
     def __init__(self, loader: PackLoader, batch: int, accumulation: int):
         self._loader, self._batch, self._accumulation = loader, batch, accumulation
@@ -97,14 +97,13 @@ class Job:
                 f"{train.gradient_accumulation_steps}; give more rows or a smaller batch"
             )
         source = _WholeWindows(self.loader, train.per_device_train_batch_size, train.gradient_accumulation_steps)
-        drops_padding = config.kernels.padding == "drop"
-        self._windows = Windows(source, self.accelerator.device, drops_padding=drops_padding)
+        self._windows = Windows(source, self.accelerator.device, **window_options(config))
         self.model = attach_adapter(base, config.lora, base_name="base")
         self.flat = FlatParameters(self.model)
         self.optimizer = make_optimizer(config, self.flat)
 
     def next_window(self) -> list[Micro]:
-        """The micro-batches of the next step, all steps being of one size."""
+        """The micro-batches of the next step, all steps being of as many packs."""
         return self._windows.take()
 
     def resolve(self) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from packloop.data.loader import Batch, without_padding
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.token_reuse import DistinctTokens
 
-# Rows are added up to a multiple of this, whole tiles of a product, by repeating the last.
+# Of `distinct_tokens`: rows are added up to a multiple of this, whole tiles of a product, by repeating the last.
 _ROWS = 128
-# Not worth it from this share of the slots on.
+# Of the slots, from which share on reuse is not worth it.
 _MOST = 0.5
 
 
@@ -36,8 +36,8 @@ class Micro:
     inputs: tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> Micro:
-        return cls(batch, to_device(batch, device))
+    def of(cls, batch: Batch, device: torch.device, *, finds_tokens: bool = True) -> Micro:
+        return cls(batch, to_device(batch, device, finds_tokens=finds_tokens))
 
     @property
     def layout(self) -> DocumentLayout:
@@ -48,7 +48,7 @@ class Windows:
     """A source's windows on the device, the next one made ready while the device works on the one before.
 
     prepare_layout: called with each micro-batch's layout, so that what attention needs of it is made ahead too.
-    drops_padding: whether micro-batches come without theirs.
+    drops_padding: whether micro-batches come without theirs. finds_tokens: whether with their distinct tokens.
     position: the source's after the window that `take` last returned, whatever was made ready since.
     """
 
@@ -59,9 +59,11 @@ class Windows:
         prepare_layout: Callable[[DocumentLayout], None] = lambda layout: None,
         *,
         drops_padding: bool = False,
+        finds_tokens: bool = True,
     ):
         self._source, self._device = source, device
-        self.prepare_layout, self._drops_padding = prepare_layout, drops_padding
+        self.prepare_layout = prepare_layout
+        self._drops_padding, self._finds_tokens = drops_padding, finds_tokens
         self._ready: list[Micro] | None = None
         self.position = source.state()
 
@@ -78,14 +80,19 @@ class Windows:
             batches = self._source.next_window()
             if self._drops_padding:
                 batches = [without_padding(batch) for batch in batches]
-            self._ready = [Micro.of(batch, self._device) for batch in batches]
+            self._ready = [Micro.of(batch, self._device, finds_tokens=self._finds_tokens) for batch in batches]
             for micro in self._ready:
                 self.prepare_layout(micro.layout)
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]:
-    """(input_ids_BL, position_ids_BL, layout, label_index_N, label_ids_N) on `device`, copied without waiting."""
-    distinct = distinct_tokens(batch.input_ids)
+def to_device(
+    batch: Batch, device: torch.device, *, finds_tokens: bool = True
+) -> tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]:
+    """(input_ids_BL, position_ids_BL, layout, label_index_N, label_ids_N) on `device`, copied without waiting.
+
+    finds_tokens: the layout has the distinct tokens, for `kernels.token_reuse`, where there are few enough.
+    """
+    distinct = distinct_tokens(batch.input_ids) if finds_tokens else None
     if distinct is not None:
         distinct = DistinctTokens(_move(distinct.slots_U, device), _move(distinct.row_of_T, device))
     layout = DocumentLayout(

@@ -105,7 +105,7 @@ def _measure(llama: nn.Module, micro: tuple, attention: str, operations: Operati
     keeps = ["products"] * len(llama.model.layers)
     fused = FusedLayers(llama.model, load_backend(attention), keeps, 0, operations)
     layer = fused.layers[len(fused.layers) // 2]
-    batch = fused.batch(llama.model, position_ids_BL, layout)
+    batch = replace(fused.batch(llama.model, position_ids_BL, layout), distinct=None)  # the inputs here are no tokens'
     num_slots, num_features = position_ids_BL.numel(), llama.config.hidden_size
     weight = llama.model.norm.weight
     hidden_TH = torch.randn(num_slots, num_features, dtype=weight.dtype, device=weight.device)

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from packloop.config import RunConfig
-from packloop.data.loader import PackLoader
+from packloop.data.loader import PackLoader, without_padding
 from packloop.engine.batch import to_device
 from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory
@@ -69,6 +69,17 @@ def layout_preparation(config: RunConfig) -> Callable[[DocumentLayout], None]:
     return lambda layout: prepare_layout(backend, layout, dtype)
 
 
+def window_options(config: RunConfig) -> dict[str, bool]:
+    """What of a configuration, whether its `auto` is settled or not, decides how micro-batches come."""
+    masks_inputs = config.lora.enabled and config.lora.dropout > 0 and _adapts_attention(config.lora.target_modules)
+    finds_tokens = config.kernels.token_reuse != "none" and config.kernels.layer != "stock" and not masks_inputs
+    return {"drops_padding": config.kernels.padding == "drop", "finds_tokens": finds_tokens}
+
+
+def _adapts_attention(target_modules: str | list[str]) -> bool:
+    return target_modules == "all-linear" or bool({"q_proj", "k_proj", "v_proj"} & set(target_modules))
+
+
 def count_layers(setting: str | int, num_layers: int) -> int:
     """`all`, `none` or a number as a number of layers, at most all of them."""
     return min({"all": num_layers, "none": 0}.get(setting, setting), num_layers)
@@ -108,7 +119,8 @@ def _resolve(
 
 
 def _resolve_attention(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> str:
-    layout = to_device(_first_micro(loader), device)[2]
+    micro, drops = _first_micro(loader), config.kernels.padding == "drop"
+    layout = to_device(without_padding(micro) if drops else micro, device)[2]
     architecture = model.config
     head_dim = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
     try:
@@ -120,6 +132,7 @@ def _resolve_attention(config: RunConfig, model: nn.Module, loader: PackLoader, 
             device=device,
             heads=(architecture.num_attention_heads, architecture.num_key_value_heads, head_dim),
             layout=layout,
+            among=FLAT if drops else None,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

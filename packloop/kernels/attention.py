@@ -188,12 +188,13 @@ def choose_backend(
     device: torch.device,
     heads: tuple[int, int, int],
     layout: DocumentLayout | None = None,
+    among: tuple[str, ...] | None = None,
 ) -> tuple[str, str]:
     """(backend, why) for a requested name or `auto`. ValueError where the requested one cannot run, with the remedy.
 
-    heads: (H, K, D). `auto` on a GPU times forward and backward of every usable backend on `layout` and takes the
-    fastest; without a layout, or on the CPU, it takes `sdpa`, or torch's varlen attention for packed documents on a
-    GPU.
+    heads: (H, K, D). `auto` on a GPU times forward and backward of every usable backend (`among` those, if given) on
+    `layout` and takes the fastest; without a layout, or on the CPU, it takes `sdpa`, or torch's varlen attention for
+    packed documents on a GPU.
     """
     reasons = usable_backends(is_packed=is_packed, dtype=dtype, device=device)
     if requested != "auto":
@@ -203,7 +204,8 @@ def choose_backend(
     if device.type != "cuda":
         return "sdpa", "PyTorch's fused attention, with a document mask where documents are packed"
     usable = [name for name, reason in reasons.items() if reason is None and name != "eager"]
-    if is_packed and len(usable) > 1:
+    usable = [name for name in usable if among is None or name in among] or usable
+    if is_packed and len(usable) > 1 and "sdpa" in usable:
         # Its document mask is quadratic in memory, and its fused kernels do not skip what the mask hides.
         usable.remove("sdpa")
     if layout is None or len(usable) == 1:

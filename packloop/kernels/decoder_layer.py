@@ -109,7 +109,7 @@ class FusedLayer:
         """Whether gate and up are interleaved, and SwiGLU belongs to the products around it."""
         return self.groups["gate_up"].interleaved
 
-    def reuses(self, batch: Batch) -> DistinctTokens | None:
+    def reused_tokens(self, batch: Batch) -> DistinctTokens | None:
         """The tokens whose q, k and v serve all slots, where this layer's input is their embeddings."""
         is_first = self.index == 0 and self.dropout(batch, "qkv") is None
         return batch.distinct if is_first else None
@@ -277,7 +277,7 @@ def _forward(
         return spread(few, distinct)
 
     x1, n1, rstd1 = _normed(layer, "qkv", residual, update)
-    distinct = layer.reuses(batch)
+    distinct = layer.reused_tokens(batch)
     qkv = linear("qkv", n1) if distinct is None else linear_of_distinct("qkv", n1, distinct)
     del n1
     attended, attention_saved = _attend(layer, batch, qkv)

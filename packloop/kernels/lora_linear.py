@@ -180,7 +180,8 @@ def lora_b_gradients(
     for run in _runs(group):
         numbers, columns, ranks, blocks = zip(*run)
         totals = [b_gradients[number] for number in numbers]
-        b_nOr, total_nOr = _stacked(blocks), None if into is None else _stacked(totals)
+        b_nOr = _stacked(blocks)
+        total_nOr = None if any(total is None for total in totals) else _stacked(totals)
         if len(run) == 1 or b_nOr is None or (into is not None and total_nOr is None):
             for number, of_y, of_ranks, b_Or in run:
                 d_projected_TR[:, of_ranks].addmm_(dy_TO[:, of_y], b_Or, beta=0, alpha=scale)
@@ -198,8 +199,8 @@ def lora_b_gradients(
 
 
 def _runs(group: LoraGroup) -> list[list[tuple[int, slice, slice, Tensor]]]:
-    """The members with adapters (number, output columns, rank columns, B), those that one batched product serves in one
-    list: of one shape, and at equal distances.
+    """The members with adapters, each as (number, output columns, rank columns, B), in lists of those that one batched
+    product can serve: neighbours whose B have one shape, at equal distances.
     """
     runs: list[list[tuple[int, slice, slice, Tensor]]] = []
     for number, (columns, ranks, b_Or) in enumerate(group.members()):
@@ -241,7 +242,7 @@ def lora_a_gradient(
     if stacked_nrH is None:
         for target, columns in zip(into, d_projected_TR.split([target.shape[0] for target in into], dim=1)):
             _wide_product(columns.T, kept_TH, target)
-    elif d_projected_TR.shape[1] <= _MOST_STACKED_RANKS and stacked_nrH.is_contiguous():
+    elif stacked_nrH.is_contiguous() and (len(into) == 1 or d_projected_TR.shape[1] <= _MOST_STACKED_RANKS):
         _wide_product(d_projected_TR.T, kept_TH, stacked_nrH.flatten(0, 1))
     else:
         d_projected_nTr = d_projected_TR.unflatten(1, stacked_nrH.shape[:2]).movedim(1, 0)

@@ -4,7 +4,7 @@ torch takes the algorithm that a heuristic names, which knows nothing of the pow
 into. Here every algorithm on offer that gives torch's bits is timed, once for each shape, on the operands of the first
 call, after the GPU has been kept at work for a while. The operator `packloop::mm` shows in profiles what ran.
 
-A number of rows within a sixteenth of one that was timed runs by the algorithm found there.
+Rows within a sixteenth of a number that was timed run by the algorithm found there, if it has torch's bits there too.
 
 Bits are compared on those operands and nowhere else: all rows of a result below 16 MiB, of a larger one every n-th,
 which come to about 8 MiB. That other rows and later operands give torch's bits too is inferred, not checked, so under
@@ -107,11 +107,15 @@ def _choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> tuple[Choice, int
         return known
     rows = x_MK.shape[0]
     family = (*x_key[:2], x_MK.shape[1], x_MK.stride(), *w_key, out_MN.device, out_MN.dtype, out_MN.stride())
-    near = [choice for timed, choice in _timed.get(family, ()) if abs(timed - rows) <= _NEAR * timed]
-    if len(_choices) >= (_MOST_KNOWN if near else MOST_SHAPES) or out_MN.shape != (rows, w_KN.shape[1]):
+    near = [
+        (abs(timed - rows), choice) for timed, choice in _timed.get(family, ()) if abs(timed - rows) <= _NEAR * timed
+    ]
+    num_timed = sum(map(len, _timed.values()))
+    is_full = len(_choices) >= _MOST_KNOWN or (not near and num_timed >= MOST_SHAPES)
+    if is_full or out_MN.shape != (rows, w_KN.shape[1]):
         return _TORCH, -1
     if near:
-        choice = _adapted(near[0], x_MK, w_KN, out_MN)
+        choice = _adapted(min(near, key=lambda found: found[0])[1], x_MK, w_KN, out_MN)
     else:
         choice = _choose(x_MK, w_KN, out_MN)
         _timed.setdefault(family, []).append((rows, choice))
@@ -121,13 +125,34 @@ def _choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> tuple[Choice, int
 
 
 def _adapted(near: Choice, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
-    """The choice made for almost as many rows, for these."""
-    if near.algorithm is None:
+    """The choice made for almost as many rows, for these: torch where it does not give torch's bits, or was made for
+    addresses that are multiples of more. Leaves the product in `out`.
+    """
+    if near.algorithm is None or not near.product.is_aligned(x_MK, w_KN, out_MN):
         return _TORCH
+    with cublaslt.on_device(x_MK.device):
+        try:
+            product = cublaslt.Product(x_MK, w_KN, out_MN)
+        except cublaslt.CublasLtError:
+            return _TORCH
+        torch.mm(x_MK, w_KN, out=out_MN)
+        is_torchs = _gives(product, near.algorithm, x_MK, w_KN, out_MN, _sampled(out_MN).clone())
+    return Choice(product, near.algorithm, near.gain) if is_torchs else _TORCH
+
+
+def _sampled(out_MN: Tensor) -> Tensor:
+    """Every so many rows; an odd number, so that all rows of a tile have their turn."""
+    return out_MN[:: max(1, out_MN.numel() * out_MN.element_size() // _SAMPLE_BYTES) | 1]
+
+
+def _gives(product: cublaslt.Product, algorithm, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor, expected: Tensor) -> bool:
+    """Whether the algorithm runs, and the sampled rows of `out` are then `expected` bit for bit."""
+    _sampled(out_MN).fill_(float("nan"))
     try:
-        return Choice(cublaslt.Product(x_MK, w_KN, out_MN), near.algorithm, near.gain)
+        product.run(algorithm, x_MK, w_KN, out_MN)
     except cublaslt.CublasLtError:
-        return _TORCH
+        return False  # offered, and then refused
+    return torch.equal(_sampled(out_MN), expected)
 
 
 @torch.no_grad()
@@ -148,17 +173,10 @@ def _fastest(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
         return _TORCH
     runs: list[Callable[[], object]] = [lambda: torch.mm(x_MK, w_KN, out=out_MN)]
     runs[0]()
-    # Every so many rows; an odd number, so that all rows of a tile have their turn.
-    step = max(1, out_MN.numel() * out_MN.element_size() // _SAMPLE_BYTES) | 1
-    expected = out_MN[::step].clone()
+    expected = _sampled(out_MN).clone()
     algorithms = [None]
     for algorithm in product.algorithms:
-        out_MN[::step].fill_(float("nan"))
-        try:
-            product.run(algorithm, x_MK, w_KN, out_MN)
-        except cublaslt.CublasLtError:
-            continue  # offered, and then refused
-        if torch.equal(out_MN[::step], expected):
+        if _gives(product, algorithm, x_MK, w_KN, out_MN, expected):
             algorithms.append(algorithm)
             runs.append(lambda algorithm=algorithm: product.run(algorithm, x_MK, w_KN, out_MN))
     times = _times_ms(runs)
