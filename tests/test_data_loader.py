@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from packloop.config import CustomTemplate, DataConfig
-from packloop.data import loader as loader_module
-from packloop.data.loader import PackLoader, build_data, eval_batches, make_batch, without_padding
+from packloop.data.loader import PackLoader, build_data, eval_batches, make_batch
 from packloop.data.packing import epoch_packs
 from packloop.data.tokenize import Documents
 from packloop.errors import InputError
@@ -408,67 +407,3 @@ def test_real_rows_through_the_loader(shared_data, llama2_tokenizer, packing, fi
     if packing != "wrapped":
         num_eos = sum(int((batch.label_ids == llama2_tokenizer.eos_token_id).sum()) for batch in batches)
         assert num_eos == len(data.train_rows)
-
-
-def test_without_padding_the_documents_lie_end_to_end(monkeypatch):
-    monkeypatch.setattr(loader_module, "SLOT_MULTIPLE", 4)
-    documents = documents_of([10, 11, 12], [20, 21, 22, 23], [30, 31], counts=[[0, 1, 1], [0, 0, 1, 1], [0, 1]])
-    packs, order = epoch_packs(documents.lengths, "bfd", 6, seed=0, epoch=0, shuffle=False)
-    padded = make_batch(documents, packs, order, packing="bfd", max_length=6, pad_token_id=PAD)
-    assert padded.input_ids.tolist() == [[10, 11, 12, PAD, PAD, PAD], [20, 21, 22, 23, 30, 31]]
-    batch = without_padding(padded)
-    assert batch is padded  # nine tokens take twelve slots either way
-    monkeypatch.setattr(loader_module, "SLOT_MULTIPLE", 5)
-    batch = without_padding(padded)
-    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 22, 23, 30, 31, PAD]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 0]]
-    assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 2, 2, -1]]
-    assert batch.cu_seqlens.tolist() == [0, 3, 7, 9, 10]
-    assert (batch.max_seqlen, batch.num_slots, batch.num_positions) == (4, 10, 6)
-    assert batch.label_ids.tolist() == padded.label_ids.tolist() == [11, 12, 22, 23, 31]
-    assert batch.label_index.tolist() == [0, 1, 4, 5, 7]
-    dtypes = [(getattr(one, name).dtype) for one in (padded, batch) for name in ("input_ids", "cu_seqlens")]
-    assert dtypes == [torch.int64, torch.int32] * 2
-
-
-@pytest.mark.parametrize("multiple", [1, 8])
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_no_token_position_or_target_is_lost_with_the_padding(packing, multiple, monkeypatch):
-    monkeypatch.setattr(loader_module, "SLOT_MULTIPLE", multiple)
-    for padded in [batch for window in epoch_of(loader_of(random_documents(30), packing)) for batch in window]:
-        batch = without_padding(padded)
-        num_real = padded.num_real_tokens
-        assert batch.num_slots == batch.input_ids.numel() <= padded.num_slots
-        assert batch.num_slots in (padded.num_slots, -(-num_real // multiple) * multiple)
-        assert real_tokens(batch) == real_tokens(padded)
-        real, was_real = batch.document_ids >= 0, padded.document_ids >= 0
-        assert torch.equal(batch.position_ids[real], padded.position_ids[was_real])
-        assert torch.equal(batch.input_ids.flatten()[batch.label_index], padded.input_ids.flatten()[padded.label_index])
-        assert torch.equal(batch.label_ids, padded.label_ids)
-        assert int(batch.cu_seqlens[-1]) == batch.num_slots
-        assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
-        # A document is one run of slots, whose tokens follow one another.
-        for begin, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens[1:].tolist()):
-            assert len(set(batch.document_ids.flatten()[begin:end].tolist())) == 1
-        assert (batch.row_ids, batch.num_real_tokens, batch.num_label_tokens) == (
-            padded.row_ids,
-            num_real,
-            padded.num_label_tokens,
-        )
-
-
-def test_a_batch_without_documents_has_no_padding_to_lose():
-    empty = loader_module._empty_batch(PAD)
-    assert without_padding(empty) is empty
-
-
-def test_the_tail_has_no_position_that_rows_have_not():
-    documents = documents_of([10, 11, 12], [20, 21, 22], [30, 31, 32], [40, 41, 42])
-    packs, order = epoch_packs(documents.lengths, "bfd", 4, seed=0, epoch=0, shuffle=False)
-    batch = without_padding(make_batch(documents, packs, order, packing="bfd", max_length=4, pad_token_id=PAD))
-    assert (batch.num_slots, batch.num_real_tokens, batch.num_positions) == (12, 12, 4)
-    documents = documents_of([10, 11, 12], [20, 21], [30, 31, 32], [40, 41, 42])
-    packs, order = epoch_packs(documents.lengths, "bfd", 4, seed=0, epoch=0, shuffle=False)
-    batch = without_padding(make_batch(documents, packs, order, packing="bfd", max_length=4, pad_token_id=PAD))
-    assert (batch.num_slots, batch.num_real_tokens) == (12, 11)
-    assert int(batch.position_ids.max()) < 4

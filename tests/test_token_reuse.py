@@ -19,7 +19,7 @@ from packloop.kernels.token_reuse import DistinctTokens, spread
 
 
 def test_a_slot_of_every_token_serves_all_its_slots(monkeypatch):
-    monkeypatch.setattr(engine_batch, "_ROWS", 8)
+    monkeypatch.setattr(engine_batch, "SLOT_MULTIPLE", 8)
     ids = torch.tensor([[7, 3, 7, 7, 3, 9, 7, 3], [9, 9, 3, 7, 3, 3, 9, 9], [7, 3, 7, 7, 3, 9, 7, 7]])
     distinct = distinct_tokens(ids)
     assert len(distinct.slots_U) == 8
@@ -29,7 +29,7 @@ def test_a_slot_of_every_token_serves_all_its_slots(monkeypatch):
     for slot, token in enumerate(flat):
         assert torch.equal(spread(rows, distinct)[slot], rows[sorted({3, 7, 9}).index(token)])
     assert distinct_tokens(ids[:1]) is None  # a whole tile of rows would be half the slots and more
-    monkeypatch.setattr(engine_batch, "_ROWS", 1)
+    monkeypatch.setattr(engine_batch, "SLOT_MULTIPLE", 1)
     assert distinct_tokens(torch.arange(64)) is None
 
 
@@ -87,7 +87,7 @@ def test_slots_that_drop_out_different_features_are_all_made(small_base):
 
 
 def test_a_micro_batch_brings_its_distinct_tokens(monkeypatch):
-    monkeypatch.setattr(engine_batch, "_ROWS", 4)
+    monkeypatch.setattr(engine_batch, "SLOT_MULTIPLE", 4)
     ids = torch.tensor([[5, 6, 5, 6, 5, 6, 5, 6, 5, 6]])
     whole = torch.tensor([0, 10], dtype=torch.int32)
     batch = Batch(

@@ -36,7 +36,8 @@ class Case:
     checks: tuple[Check, ...] = ()
 
 
-SMALLER = "ours at batch 6, floor"  # the floor's own buffers find no room beside the largest batch
+# The floor's own buffers find no room beside the largest batch; it counts for no verdict on that one.
+SMALLER = "ours at batch 6, floor"
 SAME_BATCH, EAGER = "ours at the peer's batch", "ours, eager"
 # Named apart from A, so that both come from the same stretch of time.
 DROPOUT, NO_DROPOUT = "ours, dropout 0.1", "ours, dropout 0"

@@ -21,9 +21,7 @@ def judge(case: Case, rows: list[Row]) -> list[dict[str, Any]]:
 
     ratio and met are None where a side has no rate, met also where there is no bound.
     """
-    # Where A has no room for it, another turn of ours measured it, at a batch that its row names.
-    measured = [row for row in rows if "fraction_of_floor" in row]
-    fractions = [row["fraction_of_floor"] for row in [row for row in measured if row["turn"] == "A"] or measured]
+    fractions = [row["fraction_of_floor"] for row in rows if row["turn"] == "A" and "fraction_of_floor" in row]
     of_floor = statistics.mean(fractions) if fractions else None
     verdicts = []
     for check in (Check("A", "B", case.bound), *case.checks):

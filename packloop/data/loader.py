@@ -20,7 +20,7 @@ from packloop.data.sources import Rows, load_train_and_eval
 from packloop.data.tokenize import Documents, TokenizeReport, tokenize_rows
 from packloop.errors import InputError
 
-# Slots of a batch without padding are filled up to a multiple of this, whole tiles of a matrix product.
+# Slots, where their number is free, are filled up to a multiple of this: whole tiles of a matrix product.
 SLOT_MULTIPLE = 128
 # An empty batch still goes through the model, so that a rank with no packs left joins the others' collectives.
 EMPTY_BATCH_SLOTS = 2

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packloop.data.loader import Batch, without_padding
+from packloop.data.loader import SLOT_MULTIPLE, Batch, without_padding
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.token_reuse import DistinctTokens
 
-# Of `distinct_tokens`: rows are added up to a multiple of this, whole tiles of a product, by repeating the last.
-_ROWS = 128
-# Of the slots, from which share on reuse is not worth it.
-_MOST = 0.5
+# Share of the slots from which on distinct tokens are too many for their reuse to pay.
+_MOST_DISTINCT = 0.5
 
 
 class WindowSource(Protocol):
@@ -121,10 +119,13 @@ def _move(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def distinct_tokens(input_ids_BL: Tensor) -> DistinctTokens | None:
-    """Of a micro-batch on the CPU; None where too many differ for reuse to pay."""
+    """Of a micro-batch on the CPU; None where too many differ for reuse to pay.
+
+    As many rows as whole tiles of a product have: the last one is repeated.
+    """
     _, slots, row_of = np.unique(input_ids_BL.numpy(), return_index=True, return_inverse=True)
-    num_rows = -(-len(slots) // _ROWS) * _ROWS
-    if num_rows > _MOST * row_of.size:
+    num_rows = -(-len(slots) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    if num_rows > _MOST_DISTINCT * row_of.size:
         return None
     slots = np.pad(slots, (0, num_rows - len(slots)), mode="edge")
     return DistinctTokens(torch.from_numpy(slots), torch.from_numpy(row_of.reshape(-1)))

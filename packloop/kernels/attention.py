@@ -204,6 +204,7 @@ def choose_backend(
     if device.type != "cuda":
         return "sdpa", "PyTorch's fused attention, with a document mask where documents are packed"
     usable = [name for name, reason in reasons.items() if reason is None and name != "eager"]
+    # Without one of `among` the caller has to refuse what is chosen.
     usable = [name for name in usable if among is None or name in among] or usable
     if is_packed and len(usable) > 1 and "sdpa" in usable:
         # Its document mask is quadratic in memory, and its fused kernels do not skip what the mask hides.
