@@ -10,8 +10,10 @@ from test_engine_packed import hidden_and_gradient, load_model, make_documents, 
 
 from packloop.bench.plan import attentions, loads
 from packloop.config import load_config
+from packloop.data import layout as layout_module
 from packloop.data import loader
-from packloop.data.loader import build_data, make_batch, without_padding
+from packloop.data.layout import without_padding
+from packloop.data.loader import build_data, make_batch
 from packloop.data.packing import epoch_packs
 from packloop.engine import plan
 from packloop.engine.batch import Windows
@@ -27,18 +29,18 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _few_slots(monkeypatch):
-    monkeypatch.setattr(loader, "SLOT_MULTIPLE", 8)
+    monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 8)
 
 
 def test_without_padding_the_documents_lie_end_to_end(monkeypatch):
-    monkeypatch.setattr(loader, "SLOT_MULTIPLE", 4)
+    monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 4)
     documents = documents_of([10, 11, 12], [20, 21, 22, 23], [30, 31], counts=[[0, 1, 1], [0, 0, 1, 1], [0, 1]])
     packs, order = epoch_packs(documents.lengths, "bfd", 6, seed=0, epoch=0, shuffle=False)
     padded = make_batch(documents, packs, order, packing="bfd", max_length=6, pad_token_id=PAD)
     assert padded.input_ids.tolist() == [[10, 11, 12, PAD, PAD, PAD], [20, 21, 22, 23, 30, 31]]
     batch = without_padding(padded)
     assert batch is padded  # nine tokens take twelve slots either way
-    monkeypatch.setattr(loader, "SLOT_MULTIPLE", 5)
+    monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 5)
     batch = without_padding(padded)
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 22, 23, 30, 31, PAD]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 0]]
@@ -54,7 +56,7 @@ def test_without_padding_the_documents_lie_end_to_end(monkeypatch):
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_no_token_position_or_target_is_lost_with_the_padding(packing, multiple, monkeypatch):
-    monkeypatch.setattr(loader, "SLOT_MULTIPLE", multiple)
+    monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", multiple)
     for padded in [batch for window in epoch_of(loader_of(random_documents(30), packing)) for batch in window]:
         batch = without_padding(padded)
         num_real = padded.num_real_tokens

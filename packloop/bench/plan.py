@@ -13,7 +13,8 @@ from transformers import AutoConfig, LlamaConfig
 
 from packloop.bench.synthetic import shape_config
 from packloop.config import ModelConfig, RunConfig
-from packloop.data.loader import Batch, PackLoader, TrainingData, build_data, without_padding
+from packloop.data.layout import without_padding
+from packloop.data.loader import Batch, PackLoader, TrainingData, build_data
 from packloop.engine.budget import GIB, settle_budget
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer, resolve_name

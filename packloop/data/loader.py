@@ -6,7 +6,7 @@ Shape suffixes: B rows of a micro-batch, T slots of a row, N targets, D document
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,6 @@ from packloop.data.sources import Rows, load_train_and_eval
 from packloop.data.tokenize import Documents, TokenizeReport, tokenize_rows
 from packloop.errors import InputError
 
-# Slots, where their number is free, are filled up to a multiple of this: whole tiles of a matrix product.
-SLOT_MULTIPLE = 128
 # An empty batch still goes through the model, so that a rank with no packs left joins the others' collectives.
 EMPTY_BATCH_SLOTS = 2
 
@@ -40,8 +38,11 @@ class Batch:
     row_ids: list[int]  # source rows with a token in it, each once
     num_slots: int  # B * T, or 0 for an empty batch
     num_real_tokens: int  # slots that are not padding
-    num_label_tokens: int  # N
+    num_label_tokens: int  # targets of all documents: N, or the sum of label_weights
     num_positions: int | None = None  # positions lie below it; None: below T
+    # Of each document, the one (its number in cu_seqlens) that holds its first tokens, too; -1: itself. None: all -1.
+    prefix_of: Tensor | None = None  # int32 [D]
+    label_weights: Tensor | None = None  # float32 [N]: documents for which a target counts; None: 1 each
 
 
 @dataclass(frozen=True)
@@ -285,41 +286,6 @@ def make_batch(
         num_slots=num_rows * num_columns,
         num_real_tokens=len(token),
         num_label_tokens=len(target_slot),
-    )
-
-
-def without_padding(batch: Batch) -> Batch:
-    """The same documents end to end in one row [1, T], T their tokens filled up to a multiple of `SLOT_MULTIPLE`.
-
-    For attention that goes by `cu_seqlens` alone. The batch itself where that saves nothing.
-    """
-    before, num_positions = batch.document_ids.numel(), batch.position_ids.shape[1]
-    multiple = min(SLOT_MULTIPLE, num_positions)  # so that the tail's positions are some that rows have, too
-    is_real = batch.document_ids.flatten() >= 0
-    num_real = int(is_real.sum())
-    num_slots = -(-num_real // multiple) * multiple
-    if num_real == 0 or num_slots >= before:
-        return batch
-    starts, lengths = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().long()
-    lengths = lengths[is_real[starts]]
-    tail = num_slots - num_real
-    runs = torch.cat([lengths, torch.tensor([tail])]) if tail else lengths
-    numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
-
-    def compacted(values: Tensor, filler: Tensor) -> Tensor:
-        return torch.cat([values.flatten()[is_real], filler])[None]
-
-    return replace(
-        batch,
-        # Any token of the model's will do in the tail: nobody sees it and nothing is predicted there.
-        input_ids=compacted(batch.input_ids, batch.input_ids.flatten()[~is_real][:tail]),
-        position_ids=compacted(batch.position_ids, torch.arange(tail)),
-        document_ids=torch.cat([numbers, torch.full((tail,), -1, dtype=torch.int32)])[None],
-        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), runs.cumsum(0)]).int(),
-        max_seqlen=int(runs.max()),
-        label_index=(is_real.cumsum(0) - 1)[batch.label_index],
-        num_slots=num_slots,
-        num_positions=num_positions,
     )
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packloop.data.loader import SLOT_MULTIPLE, Batch, without_padding
+from packloop.data.layout import SLOT_MULTIPLE, without_padding
+from packloop.data.loader import Batch
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.token_reuse import DistinctTokens
 

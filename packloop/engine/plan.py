@@ -12,7 +12,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from packloop.config import RunConfig
-from packloop.data.loader import PackLoader, without_padding
+from packloop.data.layout import without_padding
+from packloop.data.loader import PackLoader
 from packloop.engine.batch import to_device
 from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory

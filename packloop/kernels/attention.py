@@ -36,6 +36,8 @@ class DocumentLayout:
     is_packed: bool
     cu_seqlens_cpu: Tensor | None = None  # the same bounds on the host, where the loader made them
     num_positions: int | None = None  # positions lie below it; None: below L
+    # int32 on the host: of each document the one that holds its first tokens, too, or -1. None: all -1.
+    prefix_of: Tensor | None = None
     distinct: DistinctTokens | None = None  # of the tokens in these slots, where their embeddings are what enters
 
     @cached_property
