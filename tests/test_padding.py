@@ -42,7 +42,7 @@ def test_without_padding_the_documents_lie_end_to_end(monkeypatch):
     assert batch is padded  # nine tokens take twelve slots either way
     monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 5)
     batch = without_padding(padded)
-    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 22, 23, 30, 31, PAD]]
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 22, 23, 30, 31, 10]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 0]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 2, 2, -1]]
     assert batch.cu_seqlens.tolist() == [0, 3, 7, 9, 10]
