@@ -12,7 +12,7 @@ from packloop.bench.plan import attentions, loads
 from packloop.config import load_config
 from packloop.data import layout as layout_module
 from packloop.data import loader
-from packloop.data.layout import without_padding
+from packloop.data.layout import as_packed, without_padding
 from packloop.data.loader import build_data, make_batch
 from packloop.data.packing import epoch_packs
 from packloop.engine import plan
@@ -121,7 +121,7 @@ def test_windows_drop_padding_where_they_are_told_to():
         def state(self):
             return {}
 
-    padded, batch = (Windows(Source(), CPU, drops_padding=drops).take()[0] for drops in (False, True))
+    padded, batch = (Windows(Source(), CPU, arrange=arrange).take()[0] for arrange in (as_packed, without_padding))
     assert (padded.batch.num_slots, batch.batch.num_slots) == (80, 64)
     ids, positions, layout, *_ = batch.inputs
     assert ids.shape == positions.shape == (1, 64)
@@ -205,5 +205,4 @@ def test_auto_takes_attention_that_needs_no_rows(monkeypatch):
 )
 def test_distinct_tokens_are_looked_for_where_they_serve(overrides, expected):
     config = load_config("recipes/llama2-7b-dolly.yaml", overrides)
-    assert plan.window_options(config) == {"drops_padding": False, "finds_tokens": expected}
-    assert plan.window_options(load_config("recipes/llama2-7b-dolly.yaml", ["kernels.padding=drop"]))["drops_padding"]
+    assert plan.finds_tokens(config) == expected

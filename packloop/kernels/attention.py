@@ -129,6 +129,8 @@ def _cudnn(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: DocumentLayou
 
 # Backends that go by `cu_seqlens` alone, so that documents may lie anywhere in the rows.
 FLAT = ("document", "flash_attn", "varlen", "flash_attn_4")
+# Of them, those that know beginnings that documents share.
+SHARING = ("document",)
 
 
 def rotates(backend: Attention) -> bool:
