@@ -1,4 +1,4 @@
-"""Documents that share their beginning on a GPU, in bf16, held to whole documents by the rule of attention_oracle.py."""
+"""Documents that share their beginning, in bf16, held to whole documents by the rule of attention_oracle.py."""
 
 from __future__ import annotations
 
