@@ -94,7 +94,7 @@ class Packloop:
                 if number >= arguments.warmup:
                     timed += [micro.batch for micro in micros]
                 if floor is not None:
-                    floors_ms.append(floor.step_ms([micro.layout for micro in micros]))
+                    floors_ms.append(floor.step_ms(micros))
         row = {**measure.figures(laps, arguments.warmup), **(steps.memory_figures(paged_bytes) or {})}
         if floor is not None:
             row |= floor_figures(laps, floors_ms, floor, arguments.warmup)
