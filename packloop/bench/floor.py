@@ -27,7 +27,7 @@ from transformers import LlamaConfig
 
 from packloop.bench.steps import Lap, synchronize
 from packloop.engine.batch import Micro
-from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend
+from packloop.kernels.attention import SHARING, DocumentLayout, choose_backend, load_backend
 from packloop.kernels.matmul import matmul
 
 # Repeats of one product, after two to warm up, when layouts are compared.
@@ -140,7 +140,7 @@ class Floor:
             device=self.device,
             heads=self._heads,
             layout=layouts[0],
-            among=("document",) if shares else None,  # no other looks into another document's beginning
+            among=SHARING if shares else None,
         )
 
     def _all_micro_batches(self, micros: list[Micro], num_layers: int) -> None:
