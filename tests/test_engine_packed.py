@@ -75,7 +75,7 @@ def slots_of(batch: Batch, documents: Documents, number: int) -> slice:
 def hidden_and_gradient(model, batch: Batch, labels: torch.Tensor, *, attention: str, fused: bool):
     """([slots, H] last hidden states, flat gradient of the summed loss over `labels`, a mask of batch.label_index)."""
     flat = FlatParameters(model)
-    ids, positions, layout, label_index, label_ids = to_device(batch, CPU)
+    ids, positions, layout, label_index, label_ids, _ = to_device(batch, CPU)
     with patched(model, attention=attention, fused=fused) as llama:
         packed_loss_sum(llama, ids, positions, layout, label_index[labels], label_ids[labels]).backward()
         with torch.no_grad():

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
 import torch
 from interpreter import interpreted, needs_triton, ordinary, run_in_interpreter
 
-from packloop.kernels import reference
+from packloop.kernels import document_attention, reference
 from packloop.kernels.attention import DocumentLayout
-from packloop.kernels.document_attention import BackwardTiles, DocumentAttention, Rotation, Tiles, plan_documents
+from packloop.kernels.document_attention import (
+    BackwardTiles,
+    DocumentAttention,
+    Rotation,
+    Tiles,
+    plan_documents,
+    plan_keys,
+    plan_queries,
+)
 
 SCALE = 0.11
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -206,3 +216,77 @@ def test_saved_output_is_freed_with_its_graph_without_the_garbage_collector():
         assert held() is None
     finally:
         gc.enable()
+
+
+# Shared beginnings: what each document begins with, and its own tokens; -1 for a document that shares nothing.
+GROUPS = [
+    ([17, 5, 40, 1], [-1, 0, 0, 0]),
+    ([20, 33, 7, 16, 45, 1, 30, 12], [-1, 0, 0, -1, 3, 3, -1, -1]),
+    ([70, 3, 90, 64], [-1, 0, 0, 0]),
+]
+
+
+def shared_case(lengths: list[int], prefix_of: list[int], heads: tuple[int, int, int]) -> Case:
+    case = make_case(lengths, heads)
+    offset = torch.tensor([0 if p < 0 else lengths[p] for p in prefix_of])
+    positions = torch.cat([torch.arange(n) + begin for n, begin in zip(lengths, offset)])
+    tables = reference.rope_tables(
+        1 / 10000 ** (torch.arange(0, heads[2], 2) / heads[2]), int(positions.max()) + 1, 1.2
+    )
+    layout = replace(case.layout, prefix_of=torch.tensor(prefix_of, dtype=torch.int32))
+    return case._replace(layout=layout, rotation=Rotation(*tables, positions))
+
+
+@interpreted
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize(
+    ("group", "heads", "tiles"), [(0, (2, 1, 16), WIDE), (1, (1, 1, 32), TALL), (2, (1, 1, 16), LARGE)]
+)
+def test_documents_that_share_their_beginning(group, heads, rotates, tiles, monkeypatch):
+    monkeypatch.setattr(document_attention, "_ROWS_PER_PART", 48)
+    lengths, prefix_of = GROUPS[group]
+    case = shared_case(lengths, prefix_of, heads)
+    rotation = case.rotation if rotates else None
+    leaves = [x.detach().clone().requires_grad_() for x in case.split(case.qkv)]
+    q, k, v = leaves
+    if rotates:
+        q, k = (reference.rope(x, rotation.cos_PD, rotation.sin_PD, rotation.position_ids_T) for x in (q, k))
+    # Whole documents, each with a copy of its beginning: the copies' outputs but one belong to nobody.
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    runs = [list(range(*span)) for span in pairwise(bounds)]
+    slots = [(runs[p] if p >= 0 else []) + run for run, p in zip(runs, prefix_of)]
+    copies = torch.tensor([slot for document in slots for slot in document])
+    ids = torch.arange(len(slots)).repeat_interleave(torch.tensor([len(s) for s in slots]))
+    own = torch.cat([torch.arange(len(s)) >= len(s) - len(run) for s, run in zip(slots, runs)])
+    out = reference.attention(q[copies], k[copies], v[copies], ids, scale=SCALE)[own]
+    target = [out, *torch.autograd.grad(out, leaves, case.d_out)]
+    backend = DocumentAttention(tiles, BackwardTiles(tiles, tiles))
+    for found, wanted in zip(ours(case, backend, rotation), target):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=3e-5)
+
+
+@ordinary
+def test_plans_of_shared_beginnings():
+    bounds = torch.tensor([0, 70, 75, 1200, 1230], dtype=torch.int32)
+    prefix_of = torch.tensor([-1, 0, 0, -1], dtype=torch.int32)
+    assert plan_queries(bounds, 1024, prefix_of).tolist() == [
+        [75, 1200, 1, 0, 70],
+        [75, 1200, 0, 0, 70],
+        [0, 70, 0, 0, 0],
+        [1200, 1230, 0, 0, 0],
+        [70, 75, 0, 0, 70],
+    ]
+    keys, sums = plan_keys(bounds, 64, prefix_of)
+    assert keys[:6].tolist() == [
+        [0, 70, 0, 0, 512, 0],
+        [0, 70, 0, 512, 1024, 1],
+        [0, 70, 0, 1024, 1200, 2],
+        [0, 70, 1, 64, 576, 3],
+        [0, 70, 1, 576, 1088, 4],
+        [0, 70, 1, 1088, 1200, 5],
+    ]
+    assert sums.tolist() == [[0, 70, 0, 0, 3], [0, 70, 1, 3, 6]]
+    assert keys[-1].tolist() == [70, 75, 0, 0, 5, -1]
+    assert (keys[6:, 5] == -1).all()
+    with pytest.raises(ValueError, match=r"documents \[1, 3\] begin with document 0 and must follow it"):
+        plan_keys(bounds, 64, torch.tensor([-1, 0, -1, 0], dtype=torch.int32))

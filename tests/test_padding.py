@@ -12,7 +12,7 @@ from packloop.bench.plan import attentions
 from packloop.config import load_config
 from packloop.data import layout as layout_module
 from packloop.data import loader
-from packloop.data.layout import without_padding
+from packloop.data.layout import as_packed, without_padding
 from packloop.data.loader import make_batch
 from packloop.data.packing import epoch_packs
 from packloop.engine import plan
@@ -41,7 +41,7 @@ def test_without_padding_the_documents_lie_end_to_end(monkeypatch):
     assert batch is padded  # nine tokens take twelve slots either way
     monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 5)
     batch = without_padding(padded)
-    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 22, 23, 30, 31, PAD]]
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 22, 23, 30, 31, 10]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1, 0]]
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 2, 2, -1]]
     assert batch.cu_seqlens.tolist() == [0, 3, 7, 9, 10]
@@ -120,7 +120,7 @@ def test_windows_drop_padding_where_they_are_told_to():
         def state(self):
             return {}
 
-    padded, batch = (Windows(Source(), CPU, drops_padding=drops).take()[0] for drops in (False, True))
+    padded, batch = (Windows(Source(), CPU, arrange=arrange).take()[0] for arrange in (as_packed, without_padding))
     assert (padded.batch.num_slots, batch.batch.num_slots) == (80, 64)
     ids, positions, layout, *_ = batch.inputs
     assert ids.shape == positions.shape == (1, 64)
@@ -193,5 +193,4 @@ def test_auto_takes_attention_that_needs_no_rows(monkeypatch):
 )
 def test_distinct_tokens_are_looked_for_where_they_serve(overrides, expected):
     config = load_config("recipes/llama2-7b-dolly.yaml", overrides)
-    assert plan.window_options(config) == {"drops_padding": False, "finds_tokens": expected}
-    assert plan.window_options(load_config("recipes/llama2-7b-dolly.yaml", ["kernels.padding=drop"]))["drops_padding"]
+    assert plan.finds_tokens(config) == expected

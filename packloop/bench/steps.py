@@ -21,7 +21,14 @@ from packloop.engine.budget import GIB
 from packloop.engine.loop import make_loader, make_optimizer, set_numerics, train_step
 from packloop.engine.model import attach_adapter
 from packloop.engine.optim import FlatParameters
-from packloop.engine.plan import layout_preparation, patch_options, resolve_auto, window_options
+from packloop.engine.plan import (
+    arrangement,
+    finds_tokens,
+    layout_preparation,
+    patch_options,
+    resolve_auto,
+    resolve_kernels,
+)
 from packloop.errors import InputError
 from packloop.kernels.patch import patched
 
@@ -97,7 +104,8 @@ class Job:
                 f"{train.gradient_accumulation_steps}; give more rows or a smaller batch"
             )
         source = _WholeWindows(self.loader, train.per_device_train_batch_size, train.gradient_accumulation_steps)
-        self._windows = Windows(source, self.accelerator.device, **window_options(config))
+        device = self.accelerator.device
+        self._windows = Windows(source, device, arrange=arrangement(config), finds_tokens=finds_tokens(config))
         self.model = attach_adapter(base, config.lora, base_name="base")
         self.flat = FlatParameters(self.model)
         self.optimizer = make_optimizer(config, self.flat)
@@ -106,11 +114,17 @@ class Job:
         """The micro-batches of the next step, all steps being of as many packs."""
         return self._windows.take()
 
+    def resolve_kernels(self) -> None:
+        """Settles what of `config` does not depend on memory, so that the next windows come as its steps take them."""
+        self.config = resolve_kernels(self.config, self.model, self.loader, self.accelerator)
+        self._windows.arrange = arrangement(self.config)
+
     def resolve(self) -> dict[str, Any]:
         """Settles every `auto` of `config`, which is replaced; returns the arguments for `patched`."""
         self.config = resolve_auto(
             self.config, self.model, self.loader, self.accelerator, paged_bytes=self.optimizer.paged_bytes
         )
+        self._windows.arrange = arrangement(self.config)
         return patch_options(self.config, self.model)
 
     @contextmanager
@@ -119,6 +133,7 @@ class Job:
         self.model.train()
         timer = LapTimer()
         options = self.resolve() if options is None else options
+        self._windows.arrange = arrangement(self.config)
         self._windows.prepare_layout = layout_preparation(self.config)
         with patched(self.model, **options) as llama:
 

@@ -1,16 +1,37 @@
-"""Where the documents of a micro-batch lie: in padded rows, or end to end."""
+"""Where the documents of a micro-batch lie: in padded rows, end to end, or end to end behind what they begin with.
+
+Documents made from one template begin with the same tokens. Under causal attention what a model computes for those
+does not depend on what follows, so that one copy serves all of them; its targets count once for each document. The sum
+of losses and every gradient are the same but for rounding; under dropout the documents share the copy's masks.
+
+Shape suffixes: T slots, D documents (beginnings and a tail of filling included), N targets.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from packloop.data.loader import Batch
 
 # Slots, where their number is free, are filled up to a multiple of this: whole tiles of a matrix product.
 SLOT_MULTIPLE = 128
+# A beginning of fewer tokens is not worth the work of its own that its keys make for attention's backward pass.
+LEAST_PREFIX = 16
+# Share of the tokens that must be saved at least.
+LEAST_SAVED = 0.01
+
+
+# Documents are sorted by this many of their tokens, to find those that begin alike.
+_SORTED_BY = 512
+
+
+def as_packed(batch: Batch) -> Batch:
+    """The batch itself: a pack a row, padding included."""
+    return batch
 
 
 def without_padding(batch: Batch) -> Batch:
@@ -18,31 +39,123 @@ def without_padding(batch: Batch) -> Batch:
 
     For attention that goes by `cu_seqlens` alone. The batch itself where that saves nothing.
     """
-    before, num_positions = batch.document_ids.numel(), batch.position_ids.shape[1]
-    multiple = min(SLOT_MULTIPLE, num_positions)  # so that the tail's positions are some that rows have, too
-    is_real = batch.document_ids.flatten() >= 0
-    num_real = int(is_real.sum())
-    num_slots = -(-num_real // multiple) * multiple
-    if num_real == 0 or num_slots >= before:
+    starts, lengths = _documents(batch)
+    if not len(starts) or _whole_tiles(lengths.sum(), batch) >= batch.num_slots:
         return batch
-    starts, lengths = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().long()
-    lengths = lengths[is_real[starts]]
-    tail = num_slots - num_real
-    runs = torch.cat([lengths, torch.tensor([tail])]) if tail else lengths
-    numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+    return _laid_out(batch, starts, lengths)
 
-    def compacted(values: Tensor, filler: Tensor) -> Tensor:
-        return torch.cat([values.flatten()[is_real], filler])[None]
 
+def share_prefixes(batch: Batch) -> Batch:
+    """`without_padding`, and what documents begin with in common lies before them, once, as a document of its own.
+
+    For attention that goes by `prefix_of`, and documents that begin at position 0, as under packing `bfd` and `none`.
+    Those that begin alike are grouped so that the most tokens are saved; a document has one beginning at most, of
+    `LEAST_PREFIX` tokens or more. The last token that a group has in common stays with each of its documents, so that
+    all targets of a beginning are the same for all of them. `without_padding(batch)` where that saves nothing to speak
+    of.
+    """
+    starts, lengths = _documents(batch)
+    tokens = batch.input_ids.flatten().numpy()
+    groups = _groups([tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)])
+    if sum(length * (len(members) - 1) for length, members in groups) < LEAST_SAVED * max(1, batch.num_real_tokens):
+        return without_padding(batch)
+    run_starts, run_lengths, prefix_of = [], [], []
+    for length, members in groups:
+        prefix_of += [-1] + [len(prefix_of)] * len(members)
+        run_starts += [starts[members[0]], *(starts[members] + length)]
+        run_lengths += [length, *(lengths[members] - length)]
+    alone = np.setdiff1d(np.arange(len(starts)), np.concatenate([members for _, members in groups]))
+    prefix_of += [-1] * len(alone)
+    run_starts, run_lengths = np.array([*run_starts, *starts[alone]]), np.array([*run_lengths, *lengths[alone]])
+    prefixes = [(length, starts[members]) for length, members in groups]
+    return _laid_out(batch, run_starts, run_lengths, prefix_of, prefixes)
+
+
+def _documents(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """First slot and length of every document, padding left out."""
+    bounds = batch.cu_seqlens.numpy().astype(np.int64)
+    starts, lengths = bounds[:-1], np.diff(bounds)
+    is_real = (batch.document_ids.flatten().numpy()[starts] >= 0) & (batch.num_real_tokens > 0)
+    return starts[is_real], lengths[is_real]
+
+
+def _whole_tiles(num_tokens: int, batch: Batch) -> int:
+    multiple = min(SLOT_MULTIPLE, batch.position_ids.shape[1])  # so that the tail's positions are some that rows have
+    return -(-int(num_tokens) // multiple) * multiple
+
+
+def _laid_out(
+    batch: Batch,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    prefix_of: list[int] | None = None,
+    prefixes: list[tuple[int, np.ndarray]] = (),
+) -> Batch:
+    """One row of the runs of tokens at `starts`, filled up with a tail.
+
+    prefixes: length of each beginning and where its documents start; their runs come in this order, the first at 0.
+    """
+    ends = np.cumsum(lengths)
+    num_tokens, num_slots = int(ends[-1]), _whole_tiles(ends[-1], batch)
+    tail = num_slots - num_tokens
+    source = np.arange(num_tokens) + np.repeat(starts - (ends - lengths), lengths)
+    is_target = np.zeros(batch.input_ids.numel(), dtype=np.float32)
+    is_target[batch.label_index.numpy()] = 1.0
+    weights = is_target[source]
+    if prefixes:
+        begins = (ends - lengths)[np.unique([number for number in prefix_of if number >= 0])]
+        for begin, (length, documents) in zip(begins, prefixes, strict=True):
+            weights[begin : begin + length] = is_target[documents[:, None] + np.arange(length)].sum(0)
+    label_index = np.flatnonzero(weights)
+    bounds = np.concatenate([[0], ends, [num_slots] if tail else []]).astype(np.int32)
+    taken, tokens = torch.from_numpy(source), batch.input_ids.flatten()
+    numbers = torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
     return replace(
         batch,
         # Any token of the model's will do in the tail: nobody sees it and nothing is predicted there.
-        input_ids=compacted(batch.input_ids, batch.input_ids.flatten()[~is_real][:tail]),
-        position_ids=compacted(batch.position_ids, torch.arange(tail)),
+        input_ids=torch.cat([tokens[taken], tokens[:1].expand(tail)])[None],
+        position_ids=torch.cat([batch.position_ids.flatten()[taken], torch.arange(tail)])[None],
         document_ids=torch.cat([numbers, torch.full((tail,), -1, dtype=torch.int32)])[None],
-        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), runs.cumsum(0)]).int(),
-        max_seqlen=int(runs.max()),
-        label_index=(is_real.cumsum(0) - 1)[batch.label_index],
+        cu_seqlens=torch.from_numpy(bounds),
+        max_seqlen=int(np.diff(bounds).max()),
+        label_index=torch.from_numpy(label_index),
+        label_ids=tokens[taken[label_index] + 1],  # a target is its document's next token
         num_slots=num_slots,
-        num_positions=num_positions,
+        num_positions=batch.position_ids.shape[1],
+        prefix_of=torch.tensor([*prefix_of, *[-1] * bool(tail)], dtype=torch.int32) if prefixes else None,
+        label_weights=torch.from_numpy(weights[label_index]) if prefixes else None,
     )
+
+
+def _groups(documents: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
+    """(length of the beginning, the numbers of two documents or more that share it), no document in two of them."""
+    # Sorted, documents lie beside those with which they have the most in common.
+    order = sorted(range(len(documents)), key=lambda number: documents[number][:_SORTED_BY].tobytes())
+    shared = [_num_common(documents[a], documents[b]) - 1 for a, b in pairwise(order)]
+    _, groups = _best_groups(np.array(shared, dtype=np.int64), 0)
+    return [(length, np.sort(np.array(order)[first:last])) for length, first, last in groups]
+
+
+def _best_groups(shared: np.ndarray, first: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """(tokens saved, groups as (length, first, last + 1)) of consecutive documents numbered from `first` on.
+
+    shared: what each has in common with the next. All of them form one group, or those do that are between the places
+    where the least is shared.
+    """
+    if not len(shared) or shared.max() < LEAST_PREFIX:
+        return 0, []
+    least, last = int(shared.min()), first + len(shared) + 1
+    cuts = np.flatnonzero(shared == least)
+    pieces = zip([0, *(cuts + 1)], [*cuts, len(shared)])
+    parts = [_best_groups(shared[begin:end], first + begin) for begin, end in pieces]
+    saved = sum(part[0] for part in parts)
+    if least >= LEAST_PREFIX and least * len(shared) >= saved:
+        return least * len(shared), [(least, first, last)]
+    return saved, [group for part in parts for group in part[1]]
+
+
+def _num_common(one: np.ndarray, other: np.ndarray) -> int:
+    """Tokens that both begin with."""
+    most = min(len(one), len(other))
+    differs = np.flatnonzero(one[:most] != other[:most])
+    return int(differs[0]) if len(differs) else most

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packloop.data.layout import SLOT_MULTIPLE, without_padding
+from packloop.data.layout import SLOT_MULTIPLE, as_packed
 from packloop.data.loader import Batch
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.token_reuse import DistinctTokens
@@ -32,7 +32,7 @@ class Micro:
     """A micro-batch and what `packed_loss_sum` takes of it, on the device."""
 
     batch: Batch
-    inputs: tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]
+    inputs: tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor, Tensor | None]
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device, *, finds_tokens: bool = True) -> Micro:
@@ -46,8 +46,9 @@ class Micro:
 class Windows:
     """A source's windows on the device, the next one made ready while the device works on the one before.
 
-    prepare_layout: called with each micro-batch's layout, so that what attention needs of it is made ahead too.
-    drops_padding: whether micro-batches come without theirs. finds_tokens: whether with their distinct tokens.
+    arrange: what lays out a micro-batch's documents (`data.layout`). prepare_layout: called with its layout, so that
+    what attention needs of it is made ahead too. Both may be set anew, for windows that are not ready yet.
+    finds_tokens: whether micro-batches come with their distinct tokens.
     position: the source's after the window that `take` last returned, whatever was made ready since.
     """
 
@@ -57,12 +58,12 @@ class Windows:
         device: torch.device,
         prepare_layout: Callable[[DocumentLayout], None] = lambda layout: None,
         *,
-        drops_padding: bool = False,
+        arrange: Callable[[Batch], Batch] = as_packed,
         finds_tokens: bool = True,
     ):
         self._source, self._device = source, device
-        self.prepare_layout = prepare_layout
-        self._drops_padding, self._finds_tokens = drops_padding, finds_tokens
+        self.arrange, self.prepare_layout = arrange, prepare_layout
+        self._finds_tokens = finds_tokens
         self._ready: list[Micro] | None = None
         self.position = source.state()
 
@@ -76,9 +77,7 @@ class Windows:
     def prepare(self) -> None:
         """Fetches the next window unless it is there already: host work and copies, no wait for the device."""
         if self._ready is None:
-            batches = self._source.next_window()
-            if self._drops_padding:
-                batches = [without_padding(batch) for batch in batches]
+            batches = [self.arrange(batch) for batch in self._source.next_window()]
             self._ready = [Micro.of(batch, self._device, finds_tokens=self._finds_tokens) for batch in batches]
             for micro in self._ready:
                 self.prepare_layout(micro.layout)
@@ -86,9 +85,10 @@ class Windows:
 
 def to_device(
     batch: Batch, device: torch.device, *, finds_tokens: bool = True
-) -> tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor]:
-    """(input_ids_BL, position_ids_BL, layout, label_index_N, label_ids_N) on `device`, copied without waiting.
+) -> tuple[Tensor, Tensor, DocumentLayout, Tensor, Tensor, Tensor | None]:
+    """What `packed_loss_sum` takes of a batch, on `device`, copied without waiting.
 
+    (input_ids_BL, position_ids_BL, layout, label_index_N, label_ids_N, label_weights_N or None).
     finds_tokens: the layout has the distinct tokens, for `kernels.token_reuse`, where there are few enough.
     """
     distinct = distinct_tokens(batch.input_ids) if finds_tokens else None
@@ -101,6 +101,7 @@ def to_device(
         cu_seqlens_cpu=batch.cu_seqlens,
         is_packed=bool((batch.document_ids > 0).any()),
         num_positions=batch.num_positions,
+        prefix_of=batch.prefix_of,
         distinct=distinct,
     )
     return (
@@ -109,6 +110,7 @@ def to_device(
         layout,
         _move(batch.label_index, device),
         _move(batch.label_ids, device),
+        None if batch.label_weights is None else _move(batch.label_weights, device),
     )
 
 

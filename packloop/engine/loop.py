@@ -37,7 +37,7 @@ from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.model_card import write_adapter_card
 from packloop.engine.optim import AdamW, FlatParameters
 from packloop.engine.out_of_memory import MemoryAccount
-from packloop.engine.plan import layout_preparation, patch_options, resolve_auto, window_options
+from packloop.engine.plan import arrangement, finds_tokens, layout_preparation, patch_options, resolve_auto
 from packloop.engine.run_dir import (
     check_output_dir,
     config_for_resume,
@@ -187,7 +187,13 @@ def _train(
     num_steps = config.train.max_steps or math.ceil(config.train.num_train_epochs * loader.steps_per_epoch)
     set_seed(config.train.seed, device_specific=True)  # every rank draws its own dropout
     state = _restore(checkpoint, model, optimizer, loader, accelerator) if checkpoint else TrainState()
-    windows = Windows(loader, accelerator.device, layout_preparation(config), **window_options(config))
+    windows = Windows(
+        loader,
+        accelerator.device,
+        layout_preparation(config),
+        arrange=arrangement(config),
+        finds_tokens=finds_tokens(config),
+    )
 
     if accelerator.is_main_process:
         if resume:

@@ -12,14 +12,14 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from packloop.config import RunConfig
-from packloop.data.layout import without_padding
-from packloop.data.loader import PackLoader
+from packloop.data.layout import as_packed, share_prefixes, without_padding
+from packloop.data.loader import Batch, PackLoader
 from packloop.engine.batch import to_device
 from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.errors import ConfigError
-from packloop.kernels.attention import FLAT, DocumentLayout, choose_backend, load_backend, prepare_layout
+from packloop.kernels.attention import FLAT, SHARING, DocumentLayout, choose_backend, load_backend, prepare_layout
 from packloop.kernels.operations import Operations, choose_operations
 from packloop.kernels.patch import why_not_fused, why_not_interleaved
 
@@ -36,13 +36,27 @@ def resolve_auto(
     were. ConfigError where a requested kernel cannot run.
     """
     enforce_budget(model, config.train.memory_budget_gib, paged_bytes, accelerator.device)
-    chosen = [None]
-    if accelerator.is_main_process:
+
+    def choose() -> RunConfig:
         if warning := check_budget(config.train.memory_budget_gib, accelerator.device):
             logger.warning(warning)
-        device = accelerator.device
+        settled = _resolve_kernels(config, model, loader, accelerator.device)
+        return _resolve_memory(settled, model, loader, accelerator.device, paged_bytes)
+
+    return _chosen_for_all(choose, accelerator)
+
+
+def resolve_kernels(config: RunConfig, model: nn.Module, loader: PackLoader, accelerator: Accelerator) -> RunConfig:
+    """`resolve_auto` without what depends on memory: which kernels run, and how documents are laid out for them."""
+    return _chosen_for_all(lambda: _resolve_kernels(config, model, loader, accelerator.device), accelerator)
+
+
+def _chosen_for_all(choose: Callable[[], RunConfig], accelerator: Accelerator) -> RunConfig:
+    """What rank 0 chooses, on every rank."""
+    chosen, device = [None], accelerator.device
+    if accelerator.is_main_process:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # backends are timed on random inputs
-            chosen = [_resolve(config, model, loader, device, paged_bytes)]
+            chosen = [choose()]
     return broadcast_object_list(chosen)[0] if accelerator.num_processes > 1 else chosen[0]
 
 
@@ -70,11 +84,17 @@ def layout_preparation(config: RunConfig) -> Callable[[DocumentLayout], None]:
     return lambda layout: prepare_layout(backend, layout, dtype)
 
 
-def window_options(config: RunConfig) -> dict[str, bool]:
-    """What of a configuration, whether its `auto` is settled or not, decides how micro-batches come."""
+def arrangement(config: RunConfig) -> Callable[[Batch], Batch]:
+    """How a configuration lays out the documents of a micro-batch; what is still `auto` changes nothing."""
+    if config.kernels.prefix_reuse == "micro_batch":
+        return share_prefixes
+    return without_padding if config.kernels.padding == "drop" else as_packed
+
+
+def finds_tokens(config: RunConfig) -> bool:
+    """Whether micro-batches need their distinct tokens, as far as a configuration tells, its `auto` settled or not."""
     masks_inputs = config.lora.enabled and config.lora.dropout > 0 and _adapts_attention(config.lora.target_modules)
-    finds_tokens = config.kernels.token_reuse != "none" and config.kernels.layer != "stock" and not masks_inputs
-    return {"drops_padding": config.kernels.padding == "drop", "finds_tokens": finds_tokens}
+    return config.kernels.token_reuse != "none" and config.kernels.layer != "stock" and not masks_inputs
 
 
 def _adapts_attention(target_modules: str | list[str]) -> bool:
@@ -86,9 +106,7 @@ def count_layers(setting: str | int, num_layers: int) -> int:
     return min({"all": num_layers, "none": 0}.get(setting, setting), num_layers)
 
 
-def _resolve(
-    config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device, paged_bytes: int
-) -> RunConfig:
+def _resolve_kernels(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> RunConfig:
     layer, reason = config.kernels.layer, why_not_fused(model)
     if layer == "fused" and reason:
         raise ConfigError(f"kernels.layer=fused: {reason}; use kernels.layer=stock")
@@ -96,16 +114,19 @@ def _resolve(
         layer = "stock" if reason else "fused"
         if reason:
             logger.info("kernels.layer=stock: the fused layer cannot be used: %s", reason)
-    attention = _resolve_attention(config, model, loader, device)
+    layout = _resolve_layout(config, model, loader, device)
     try:
         unfit = {"gated": why_not_interleaved(model) if layer == "fused" else None}
         operations = choose_operations(operations_of(config), device, fused=layer == "fused", unfit=unfit)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    padding = _resolve_padding(config, attention)
-    chosen = {"layer": layer, "attention": attention, "padding": padding, **asdict(operations)}
-    kernels = config.kernels.model_copy(update=chosen)
-    config = config.model_copy(update={"kernels": kernels})
+    kernels = config.kernels.model_copy(update={"layer": layer, **layout, **asdict(operations)})
+    return config.model_copy(update={"kernels": kernels})
+
+
+def _resolve_memory(
+    config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device, paged_bytes: int
+) -> RunConfig:
     plan = _plan(config, model, loader, device, paged_bytes)
     chosen = {
         "kernels": {"dequant_cache": plan.cached_layers, "keep_inputs": plan.keep_inputs_layers},
@@ -119,11 +140,56 @@ def _resolve(
     return config.model_copy(update=sections)
 
 
-def _resolve_attention(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> str:
-    micro, drops = _first_micro(loader), config.kernels.padding == "drop"
+def _resolve_layout(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> dict[str, str]:
+    """kernels.attention, padding and prefix_reuse: documents lie end to end where the attention that is taken can."""
+    kernels = config.kernels
+    if reason := why_not_shared(config):
+        raise ConfigError(f"kernels.prefix_reuse=micro_batch: {reason}")
+    drops = may_drop_padding(config, on_gpu=device.type == "cuda")
+    attention = _resolve_attention(config, model, loader, device, drops=drops)
+    if drops and attention not in FLAT:
+        if kernels.padding == "drop":
+            raise ConfigError(needs_rows(attention))
+        drops, attention = False, _resolve_attention(config, model, loader, device, drops=False)
+    shares = drops and attention in SHARING and kernels.prefix_reuse != "none" and config.data.packing != "wrapped"
+    if kernels.prefix_reuse == "micro_batch" and not shares:
+        raise ConfigError(
+            f"kernels.prefix_reuse=micro_batch: kernels.attention={attention} knows no beginnings that documents "
+            f"share; use {', '.join(SHARING)}, or kernels.prefix_reuse=none"
+        )
+    return {
+        "attention": attention,
+        "padding": "drop" if drops else "keep",
+        "prefix_reuse": "micro_batch" if shares else "none",
+    }
+
+
+def why_not_shared(config: RunConfig) -> str | None:
+    """What in a configuration that asks for shared beginnings contradicts them; None where nothing does."""
+    if config.kernels.prefix_reuse != "micro_batch":
+        return None
+    if config.data.packing == "wrapped":
+        return "under data.packing=wrapped documents see those before them; use data.packing=bfd"
+    if config.kernels.padding == "keep":
+        return "kernels.padding=keep gives every pack a row of its own; use kernels.padding=drop"
+    return None
+
+
+def may_drop_padding(config: RunConfig, *, on_gpu: bool) -> bool:
+    """Whether padding is left out if the attention that is taken allows it."""
+    if config.kernels.prefix_reuse == "micro_batch" or config.kernels.padding == "drop":
+        return True
+    return config.kernels.padding == "auto" and on_gpu and config.data.packing != "wrapped"
+
+
+def _resolve_attention(
+    config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device, *, drops: bool
+) -> str:
+    micro = _first_micro(loader)
     layout = to_device(without_padding(micro) if drops else micro, device)[2]
     architecture = model.config
     head_dim = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
+    flat = SHARING if config.kernels.prefix_reuse == "micro_batch" else FLAT
     try:
         name, why = choose_backend(
             config.kernels.attention,
@@ -133,19 +199,12 @@ def _resolve_attention(config: RunConfig, model: nn.Module, loader: PackLoader, 
             device=device,
             heads=(architecture.num_attention_heads, architecture.num_key_value_heads, head_dim),
             layout=layout,
-            among=FLAT if drops else None,
+            among=flat if drops else None,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
     logger.info("kernels.attention=%s: %s", name, why)
     return name
-
-
-def _resolve_padding(config: RunConfig, attention: str) -> str:
-    """`auto` keeps it, until dropping it has been timed on a GPU."""
-    if config.kernels.padding == "drop" and attention not in FLAT:
-        raise ConfigError(needs_rows(attention))
-    return "keep" if config.kernels.padding == "auto" else config.kernels.padding
 
 
 def needs_rows(attention: str) -> str:

@@ -26,6 +26,7 @@ _UNNAMED = {
     "kernels.gated": "none",
     "kernels.token_reuse": "none",
     "kernels.padding": "keep",
+    "kernels.prefix_reuse": "none",
 }
 # What a resumed run may have instead, since not every machine has what its checkpoint names.
 _INSTEAD_ON_RESUME = {"kernels.gated": "none"}

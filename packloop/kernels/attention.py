@@ -42,10 +42,19 @@ class DocumentLayout:
 
     @cached_property
     def mask_B1LL(self) -> Tensor:
-        """bool [B, 1, L, L], True where a query (row) may see a key (column): same document, not later."""
+        """bool [B, 1, L, L], True where a query (row) may see a key (column).
+
+        That is one of the same document, not later, or of the one that holds the query's document's first tokens.
+        """
         ids = self.document_ids_BL
         same = ids[:, None, :, None] == ids[:, None, None, :]
-        return same & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        seen = same & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        if self.prefix_of is None:
+            return seen
+        # Documents are numbered as in cu_seqlens, there being one row; a last entry serves slots of no document.
+        prefix_of = torch.cat([self.prefix_of, torch.tensor([-1], dtype=torch.int32)]).to(ids.device)
+        prefixes = prefix_of[ids.long()]
+        return seen | ((prefixes >= 0)[:, None, :, None] & (prefixes[:, None, :, None] == ids[:, None, None, :]))
 
     def bias_B1LL(self, dtype: torch.dtype) -> Tensor:
         """What is added to scores: 0 where a query may see a key, elsewhere the lowest number of dtype."""
@@ -71,6 +80,8 @@ class Attention(Protocol):
 
 class DifferentiatedAttention:
     """A backend made of a function on [B, H, L, D] that autograd differentiates."""
+
+    shares_prefixes = True  # by the layout's mask
 
     def __init__(self, function: Callable[[Tensor, Tensor, Tensor, DocumentLayout, float], Tensor]):
         self._function = function
@@ -118,6 +129,8 @@ def _cudnn(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: DocumentLayou
 
 # Backends that go by `cu_seqlens` alone, so that documents may lie anywhere in the rows.
 FLAT = ("document", "flash_attn", "varlen", "flash_attn_4")
+# Of them, those that know beginnings that documents share.
+SHARING = ("document",)
 
 
 def rotates(backend: Attention) -> bool:
@@ -132,19 +145,27 @@ def prepare_layout(backend: Attention, layout: DocumentLayout, dtype: torch.dtyp
 
 
 class CountedAttention:
-    """A backend under its name, which counts how often it attends: `forward_check` reads it. Else as the backend."""
+    """A backend under its name, which counts how often it attends: `forward_check` reads it. Else as the backend.
+
+    ValueError for a layout with shared beginnings where the backend knows nothing of them.
+    """
 
     def __init__(self, name: str, backend: Attention):
         self.name, self.calls, self.rotates = name, 0, rotates(backend)
-        self._backend = backend
+        self._backend, self._shares_prefixes = backend, getattr(backend, "shares_prefixes", False)
 
-    def __call__(self, *args, **kwargs) -> Tensor:
-        self.calls += 1
-        return self._backend(*args, **kwargs)
+    def __call__(self, q_THD, k_TKD, v_TKD, layout: DocumentLayout, scale: float) -> Tensor:
+        self._attends(layout)
+        return self._backend(q_THD, k_TKD, v_TKD, layout, scale)
 
-    def forward(self, *args, **kwargs) -> tuple[Tensor, Any]:
+    def forward(self, q_THD, k_TKD, v_TKD, layout: DocumentLayout, scale: float, **options) -> tuple[Tensor, Any]:
+        self._attends(layout)
+        return self._backend.forward(q_THD, k_TKD, v_TKD, layout, scale, **options)
+
+    def _attends(self, layout: DocumentLayout) -> None:
+        if layout.prefix_of is not None and not self._shares_prefixes:
+            raise ValueError(f"attention {self.name!r} knows no beginnings that documents share; use document")
         self.calls += 1
-        return self._backend.forward(*args, **kwargs)
 
     def backward(self, *args, **kwargs) -> None:
         self._backend.backward(*args, **kwargs)

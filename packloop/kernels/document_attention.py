@@ -77,6 +77,9 @@ class BackwardTiles:
 _HEAD_DIMS = (16, 32, 64, 128)
 # Rows that a program turns, or whose sum(d_out * out) it finds: memory-bound, so small tiles and many programs.
 _POINTWISE = Tiles(owned=32, streamed=32, num_warps=4, num_stages=1)
+# Rows of one program for a key tile that the documents of a group share: enough programs, and not many parts to sum.
+_ROWS_PER_PART = 512
+_SUMMED_ROWS = 8
 
 
 def plan_documents(cu_seqlens_cpu: Tensor, block: int) -> Tensor:
@@ -96,16 +99,70 @@ def plan_documents(cu_seqlens_cpu: Tensor, block: int) -> Tensor:
     return torch.from_numpy(plan.astype(np.int32))
 
 
-def _tiles_of(layout: DocumentLayout, block: int) -> Tensor:
-    """The plan on the layout's device, made at first use and kept with the layout, as its mask is."""
+def plan_queries(cu_seqlens_cpu: Tensor, block: int, prefix_of: Tensor) -> Tensor:
+    """int32 [tiles, 5] on the CPU: `plan_documents`, then first slot and length of what the document begins with.
+
+    prefix_of: int32 [documents] on the CPU, as a layout has it; where it is -1 the length is 0.
+    """
+    plan, bounds, shared = plan_documents(cu_seqlens_cpu, block), cu_seqlens_cpu.long(), prefix_of.long()
+    # Empty documents have no tile, so that a first slot says which document it is: the last that begins there.
+    prefix = shared[torch.searchsorted(bounds, plan[:, 0].long(), right=True) - 1]
+    length = torch.where(prefix >= 0, bounds.diff()[prefix], 0)
+    start = torch.where(prefix >= 0, bounds[prefix], 0)
+    return torch.cat([plan, torch.stack((start, length), 1).int()], 1)
+
+
+def plan_keys(cu_seqlens_cpu: Tensor, block: int, prefix_of: Tensor) -> tuple[Tensor, Tensor]:
+    """Key tiles where documents share beginnings, and which parts make up the tiles of beginnings; both on the CPU.
+
+    int32 [tiles, 6]: (first slot, end slot, tile number, first and end of the rows that see it, part or -1). Rows count
+    from the first slot. A beginning's tile comes once for every `_ROWS_PER_PART` rows of it and of its documents, which
+    follow it in the slots, each time with another part; ValueError where they do not follow it.
+    int32 [tiles of beginnings, 5]: (first slot, end slot, tile number, first part, end of its parts).
+    """
+    plan, bounds = plan_documents(cu_seqlens_cpu, block), cu_seqlens_cpu.numpy().astype(np.int64)
+    shared = prefix_of.numpy()
+    lines, sums, part = [], [], 0
+    for prefix in np.unique(shared[shared >= 0]):
+        members = np.flatnonzero(shared == prefix)
+        if (members != prefix + 1 + np.arange(len(members))).any():
+            raise ValueError(f"documents {members.tolist()} begin with document {prefix} and must follow it")
+        start, end, num_rows = bounds[prefix], bounds[prefix + 1], bounds[members[-1] + 1] - bounds[prefix]
+        for tile in range(-(-(end - start) // block)):
+            first_rows = range(tile * block, num_rows, _ROWS_PER_PART)
+            for number, row in enumerate(first_rows):
+                lines.append((start, end, tile, row, min(row + _ROWS_PER_PART, num_rows), part + number))
+            sums.append((start, end, tile, part, part + len(first_rows)))
+            part += len(first_rows)
+    own = plan.numpy()[~np.isin(plan.numpy()[:, 0], bounds[np.unique(shared[shared >= 0])])]
+    own = np.column_stack((own, own[:, 2] * block, own[:, 1] - own[:, 0], np.full(len(own), -1)))
+    keys = np.concatenate([np.array(lines, dtype=np.int64).reshape(-1, 6), own])
+    return torch.from_numpy(keys.astype(np.int32)), torch.tensor(sums, dtype=torch.int32).reshape(-1, 5)
+
+
+def _listed(layout: DocumentLayout, kind: str, block: int) -> Tensor | int:
+    """A plan on the layout's device, made at first use and kept with the layout, as its mask is.
+
+    kind: rows, queries, keys, sums, or "number of parts", which is on the host. A layout without shared beginnings has
+    its rows for queries and keys.
+    """
     plans = layout.__dict__.setdefault("_document_plans", {})
-    if block not in plans:
-        cu_seqlens_cpu = getattr(layout, "cu_seqlens_cpu", None)
-        plan = plan_documents(layout.cu_seqlens.cpu() if cu_seqlens_cpu is None else cu_seqlens_cpu, block)
+    kind = "rows" if layout.prefix_of is None and kind in ("queries", "keys") else kind
+    if (kind, block) not in plans:
+        bounds = layout.cu_seqlens.cpu() if layout.cu_seqlens_cpu is None else layout.cu_seqlens_cpu
+        if kind == "rows":
+            made = {"rows": plan_documents(bounds, block)}
+        elif kind == "queries":
+            made = {"queries": plan_queries(bounds, block, layout.prefix_of)}
+        else:
+            made = dict(zip(("keys", "sums"), plan_keys(bounds, block, layout.prefix_of), strict=True))
+            plans["number of parts", block] = int(made["sums"][-1:, 4].sum())
         device = layout.cu_seqlens.device
-        # A copy from pageable memory would make the host wait for the device.
-        plans[block] = plan.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else plan
-    return plans[block]
+        for name, plan in made.items():
+            # A copy from pageable memory would make the host wait for the device.
+            on_device = plan.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else plan
+            plans[name, block] = on_device
+    return plans[kind, block]
 
 
 def _check(**tensors: Tensor) -> None:
@@ -134,7 +191,7 @@ def _forward(q_THD, k_TKD, v_TKD, layout, scale, tiles: Tiles, rotation: Rotatio
     # Triton compiles a kernel anew for sizes that are no multiple of 16.
     padded_slots = -(-q_THD.shape[0] // 16) * 16
     lse_HT = torch.empty(num_heads, padded_slots, dtype=torch.float32, device=q_THD.device)
-    plan, turn_plan = _tiles_of(layout, tiles.owned), _tiles_of(layout, _POINTWISE.owned)
+    plan, turn_plan = _listed(layout, "queries", tiles.owned), _listed(layout, "rows", _POINTWISE.owned)
     if not len(plan):
         return lse_HT
     tables, position_ids_T = _tables(rotation)
@@ -161,6 +218,7 @@ def _forward(q_THD, k_TKD, v_TKD, layout, scale, tiles: Tiles, rotation: Rotatio
         num_heads,
         scale,
         TURNS=rotation is not None,
+        SHARES=layout.prefix_of is not None,
         GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         **tiles.options,
@@ -172,32 +230,50 @@ def _backward(saved, d_out, q, k, v, layout, scale, tiles: BackwardTiles, rotati
     """Fills dq, dk and dv; with a rotation q and k are the turned ones and dq and dk the gradients of the others."""
     out_THD, lse_HT = saved
     num_heads, num_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-    group = num_heads // num_kv_heads
     delta_HT = torch.empty_like(lse_HT)
     tables, position_ids_T = _tables(rotation)
-
-    def launch(part: Tiles, num_heads: int, *, queries: bool) -> None:
-        plan = _tiles_of(layout, part.owned)
-        kernels.document_attention_backward_kernel[(len(plan) * num_heads,)](
+    queries, keys = _listed(layout, "queries", tiles.queries.owned), _listed(layout, "keys", tiles.keys.owned)
+    if not len(keys):
+        return
+    shares, parts = layout.prefix_of is not None, None
+    if shares:
+        sums = _listed(layout, "sums", tiles.keys.owned)
+        num_parts = _listed(layout, "number of parts", tiles.keys.owned)
+        parts = delta_HT.new_empty(num_parts, num_kv_heads, 2, tiles.keys.owned, head_dim)
+    sides = ((True, queries, tiles.queries, num_heads), (False, keys, tiles.keys, num_kv_heads))
+    for is_query_side, plan, part, num_programs in sides:
+        kernels.document_attention_backward_kernel[(len(plan) * num_programs,)](
             (_matrix(q), _matrix(k), _matrix(v)),
             (_matrix(out_THD), _matrix(d_out), (lse_HT, lse_HT.stride(0)), (delta_HT, delta_HT.stride(0))),
             (_matrix(dq), _matrix(dk), _matrix(dv)),
+            parts,
             tables,
             plan,
             position_ids_T,
             num_kv_heads,
             scale,
-            QUERIES=queries,
+            QUERIES=is_query_side,
             TURNS_BACK=rotation is not None,
-            GROUP=group,
+            SHARES=shares,
+            GROUP=num_heads // num_kv_heads,
             HEAD_DIM=head_dim,
             **part.options,
         )
-
-    if not len(_tiles_of(layout, tiles.keys.owned)):
-        return
-    launch(tiles.queries, num_heads, queries=True)
-    launch(tiles.keys, num_kv_heads, queries=False)
+    if shares:
+        slices = tiles.keys.owned // _SUMMED_ROWS
+        kernels.document_attention_sum_kernel[(len(sums) * slices * num_kv_heads,)](
+            (_matrix(dk), _matrix(dv)),
+            parts,
+            tables,
+            sums,
+            position_ids_T,
+            num_kv_heads,
+            scale,
+            TURNS_BACK=rotation is not None,
+            HEAD_DIM=head_dim,
+            OWNED=tiles.keys.owned,
+            ROWS=_SUMMED_ROWS,
+        )
 
 
 def _default_tiles(dtype: torch.dtype, device: torch.device) -> tuple[Tiles, BackwardTiles]:
@@ -227,6 +303,7 @@ class DocumentAttention:
     """
 
     rotates = True
+    shares_prefixes = True
 
     def __init__(self, forward: Tiles | None = None, backward: BackwardTiles | None = None):
         self._forward_tiles, self._backward_tiles = forward, backward
@@ -235,8 +312,9 @@ class DocumentAttention:
         """Lists the layout's tiles and sends them to its device: host work that no layer then waits for."""
         forward, backward = _default_tiles(dtype, layout.cu_seqlens.device)
         forward, backward = self._forward_tiles or forward, self._backward_tiles or backward
-        for tiles in (forward, backward.queries, backward.keys, _POINTWISE):
-            _tiles_of(layout, tiles.owned)
+        _listed(layout, "rows", _POINTWISE.owned)
+        for kind, tiles in (("queries", forward), ("queries", backward.queries), ("keys", backward.keys)):
+            _listed(layout, kind, tiles.owned)
 
     def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
         # Of one row, a stock layer's q and k lie head by head.

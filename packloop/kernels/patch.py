@@ -154,15 +154,19 @@ def packed_loss_sum(
     layout: DocumentLayout,
     label_index_N: Tensor,
     label_ids_N: Tensor,
+    label_weights_N: Tensor | None = None,
 ) -> Tensor:
-    """Summed cross-entropy of one micro-batch, fp32 scalar. ValueError for a model outside `patched`."""
+    """Summed cross-entropy of one micro-batch, fp32 scalar. ValueError for a model outside `patched`.
+
+    label_weights_N: for how many documents each target counts; None: one.
+    """
     operations = getattr(llama.model.forward, "operations", None)
     if operations is None:
         raise ValueError("packed_loss_sum needs the model inside `patched(model)`")
     output = llama.model(input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False, layout=layout)
     hidden_TH = output.last_hidden_state.flatten(0, 1)
     by = operations.cross_entropy
-    return linear_cross_entropy(hidden_TH, llama.lm_head.weight, label_index_N, label_ids_N, by=by)
+    return linear_cross_entropy(hidden_TH, llama.lm_head.weight, label_index_N, label_ids_N, label_weights_N, by=by)
 
 
 class _StockLayers:
