@@ -197,7 +197,8 @@ def row_of(bench: Bench, case: Case) -> dict[str, Any]:
         "memory": measured.memory,
         "allocated_before_gib": measured.allocated_before_gib,
         "documents": [batch.cu_seqlens.diff().tolist() for batch in measured.micros],
-        "labels": [batch.num_label_tokens for batch in measured.micros],
+        "prefixes": [None if batch.prefix_of is None else batch.prefix_of.tolist() for batch in measured.micros],
+        "labels": [batch.label_index.numel() for batch in measured.micros],
         "seconds": round(time.perf_counter() - begun, 1),
         **details,
     }

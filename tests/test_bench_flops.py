@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from packloop.bench import ceilings as measured
 from packloop.bench import flops
 from packloop.bench.results import Ceilings
 from packloop.bench.shapes import SHAPES
 from packloop.config import parse_config
-from packloop.data.loader import make_batch
+from packloop.data.loader import Batch, make_batch
 from packloop.data.packing import pack
 from packloop.data.tokenize import Documents
 
@@ -158,3 +159,58 @@ def test_a_call_that_was_held_up_does_not_shorten_the_laps_of_a_ceiling(monkeypa
     monkeypatch.setattr(measured, "_lap_seconds", lap_seconds)
     assert measured._seconds(lambda: None) == pytest.approx(1.1e-4, rel=0.02)
     assert laps[-1] == 91, "0.1 s in calls of 1.1 ms"
+
+
+def shared_batch(num_prefix: int, own: list[int], alone: list[int], tail: int) -> Batch:
+    """A beginning of `num_prefix` tokens, documents that go on after it, others by themselves, and filling.
+
+    All tokens are trained on but each document's first.
+    """
+    runs = [num_prefix, *own, *alone, tail]
+    numbers = torch.tensor([*range(len(runs) - 1), -1], dtype=torch.int32)
+    bounds = torch.tensor([0, *runs]).cumsum(0)
+    num_slots, num_documents = sum(runs), len(own)
+    # Each slot but a document's last one has a target; a document's are those of the beginning, and its own.
+    has_target = torch.ones(num_slots, dtype=torch.bool)
+    has_target[bounds[2:] - 1] = False
+    has_target[num_slots - tail :] = False
+    weights = torch.ones(num_slots)
+    weights[:num_prefix] = num_documents
+    lengths = [num_prefix + length for length in own] + alone
+    return Batch(
+        input_ids=torch.zeros(1, num_slots, dtype=torch.int64),
+        position_ids=torch.zeros(1, num_slots, dtype=torch.int64),
+        document_ids=numbers.repeat_interleave(torch.tensor(runs))[None],
+        cu_seqlens=bounds.int(),
+        max_seqlen=max(runs),
+        label_index=has_target.nonzero().flatten(),
+        label_ids=torch.zeros(int(has_target.sum()), dtype=torch.int64),
+        row_ids=[0],
+        num_slots=num_slots,
+        num_real_tokens=sum(lengths),
+        num_label_tokens=sum(lengths) - len(lengths),
+        prefix_of=torch.tensor([-1, *[0] * num_documents, *[-1] * len(alone), -1], dtype=torch.int32),
+        label_weights=weights[has_target],
+    )
+
+
+def test_a_shared_beginning_is_needed_by_every_document_and_executed_once():
+    shared = shared_batch(30, [10, 20, 5], [7], tail=4)
+    assert float(shared.label_weights.sum()) == shared.num_label_tokens == 40 + 50 + 35 + 7 - 4
+    whole = batch([40, 50, 35, 7], packing="bfd", max_length=132)
+    assert whole.num_real_tokens == whole.num_slots == shared.num_real_tokens
+    work, of_whole = flops.work_of([shared], "document"), flops.work_of([whole], "document")
+    assert (work.real_tokens, work.label_tokens, work.pairs) == (
+        of_whole.real_tokens,
+        of_whole.label_tokens,
+        of_whole.pairs,
+    )
+    assert work.slots == 30 + 10 + 20 + 5 + 7 + 4
+    assert work.head_rows == 30 + 9 + 19 + 4 + 6, "a target of the beginning is one row of the head"
+    triangles = sum(length * (length + 1) // 2 for length in (30, 10, 20, 5, 7, 4))
+    assert work.visited_pairs == triangles + 30 * (10 + 20 + 5)
+    config = run(attention="document")
+    needed = flops.needed_flops(LLAMA2_7B, config.lora, work)
+    assert needed == flops.needed_flops(LLAMA2_7B, config.lora, of_whole)
+    executed = flops.executed_flops(LLAMA2_7B, config, work)
+    assert executed < min(needed, flops.executed_flops(LLAMA2_7B, config, of_whole))

@@ -64,6 +64,15 @@ def test_the_same_steps_pass_in_float32_whatever_way_they_are_taken(subjects, pa
     assert held(subjects, run, recomputed).passed
 
 
+@pytest.mark.parametrize("kernels", [{}, {"padding": "drop", "attention": "document", "prefix_reuse": "micro_batch"}])
+def test_a_reference_has_every_document_by_itself_in_padded_rows(kernels):
+    run = config(kernels=kernels)
+    for way in (None, run):
+        reference = gates.reference_config(run, way).kernels
+        assert (reference.padding, reference.prefix_reuse) == ("keep", "none")
+        assert reference.attention == ("eager" if way is None else run.kernels.attention)
+
+
 def test_the_same_steps_pass_in_bf16(subjects):
     gate = held(subjects, config(model={"dtype": "bfloat16"}))
     assert gate.passed

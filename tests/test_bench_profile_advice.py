@@ -113,6 +113,8 @@ def test_padding_asks_for_packing():
     assert "padding, 90% of all slots: set data.packing=bfd, which saves at most 90%" in advice.sentence
     packed = advise(situation(settings={"data": {"packing": "bfd"}}, real_tokens=2457.6))
     assert not any("packing" in one.setting for one in packed.candidates)
+    shared = advise(situation(settings={"data": {"packing": "none"}}, real_tokens=27000))
+    assert not any("packing" in one.setting for one in shared.candidates), "fewer slots than tokens are no padding"
 
 
 def test_stock_layers_lose_what_lies_above_the_floors():

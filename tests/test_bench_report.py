@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from bench_cells import cell, conditions
+from bench_cells import cell, conditions, figures
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -110,6 +110,21 @@ def test_the_conditions_of_a_row_say_what_auto_chose(tmp_path):
     assert one["chosen_by_auto"] == ["kernels.layer", "train.gradient_checkpointing"]
     assert "asked" not in one
     assert "chosen_by_auto" not in other
+
+
+def test_cells_that_computed_fewer_slots_than_tokens_say_so(tmp_path):
+    tokens = {"real_tokens_per_step": 20000.0, "slot_tokens_per_step": 17000.0}
+    shared = figures(20000).model_copy(update=tokens)
+    save_cell(tmp_path / "results", cell("shared", figures=shared))
+    save_cell(tmp_path / "results", cell("wrong", figures=shared, status="wrong", reason="losses differ"))
+    save_cell(tmp_path / "results", cell("padded"))
+    markdown, page = write_report([tmp_path / "results"], tmp_path / "report")
+    said = "of its real tokens repeat a beginning that documents of a micro-batch share, which is computed once"
+    (line,) = [line for line in markdown.read_text().splitlines() if said in line]
+    assert f"shared: 15.0% {said}" in line
+    assert f"shared: 15.0% {said}" in page.read_text()
+    padded = build_report([cell("padded")], [])
+    assert not any("computed once;" in str(block) for block in padded.blocks)
 
 
 def test_a_wrong_cell_has_no_rate_in_any_table(results, tmp_path):

@@ -55,6 +55,8 @@ def test_options_become_the_run_they_name(places):
     assert config.train.gradient_checkpointing == "all"
     assert config.kernels.dequant_cache == "auto"
     assert ours.run_config(_ours(places, "--cached-layers", "7")).kernels.dequant_cache == 7
+    assert config.kernels.prefix_reuse == "auto"
+    assert ours.run_config(_ours(places, "--prefix-reuse", "none")).kernels.prefix_reuse == "none"
 
 
 def test_documents_are_packloops_and_enough_of_them(places):

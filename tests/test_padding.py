@@ -8,17 +8,16 @@ from small_job import read_steps, small_config
 from test_data_loader import PACKINGS, PAD, documents_of, epoch_of, loader_of, random_documents, real_tokens
 from test_engine_packed import hidden_and_gradient, load_model, make_documents, one_batch
 
-from packloop.bench.plan import attentions, loads
+from packloop.bench.plan import attentions
 from packloop.config import load_config
 from packloop.data import layout as layout_module
 from packloop.data import loader
 from packloop.data.layout import as_packed, without_padding
-from packloop.data.loader import build_data, make_batch
+from packloop.data.loader import make_batch
 from packloop.data.packing import epoch_packs
 from packloop.engine import plan
 from packloop.engine.batch import Windows
 from packloop.engine.loop import train
-from packloop.engine.model import load_tokenizer
 from packloop.errors import ConfigError, InputError
 from packloop.gpus import find_gpu
 from packloop.kernels import attention as attention_module
@@ -157,17 +156,6 @@ def test_attention_that_needs_rows_refuses(small_base, small_rows, tmp_path):
     refused = load_config("recipes/llama2-7b-dolly.yaml", ["kernels.padding=drop", "kernels.attention=sdpa"])
     with pytest.raises(InputError, match=remedy):
         attentions(refused, gpu)
-
-
-@pytest.mark.parametrize("packing", ["bfd", "none"])
-def test_predictions_count_no_padding(small_base, small_rows, tmp_path, packing):
-    config = small_config(small_base, small_rows, tmp_path / "run", data={"packing": packing})
-    tokenizer = load_tokenizer(config.model)
-    data = build_data(config.data, tokenizer, seed=0)
-    dropping = config.model_copy(update={"kernels": config.kernels.model_copy(update={"padding": "drop"})})
-    with_padding, without = (loads(one, data, tokenizer.pad_token_id)(3) for one in (config, dropping))
-    assert without.real_tokens == with_padding.real_tokens <= without.slots < with_padding.slots
-    assert without.most_slots == with_padding.most_slots
 
 
 def test_every_backend_but_those_on_rows_is_flat():

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from packloop.bench.plan import load_from, plan
-from packloop.bench.plan_check import Check, check_probe, settle
+from packloop.bench.plan_check import Check, check_probe, check_recorded, settle
 from packloop.bench.probe import probe
 from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import ModelConfig, load_config
 from packloop.data.loader import build_data
 from packloop.engine.model import load_tokenizer
 from packloop.errors import InputError, OutOfMemoryError
+from packloop.gpus import require_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CASE = {
@@ -71,6 +72,21 @@ def test_recorded_measurements_within_the_bounds_pass_and_are_written(tmp_path):
     assert check["reserved_gib"]["measured"] == 62.95
     assert check["holds"]
     assert "62.95" in (tmp_path / "plan.md").read_text()
+
+
+def test_recorded_beginnings_that_documents_share_count_in_attention(tmp_path):
+    """Rows of before have none; documents that start with one attend to more than their own tokens."""
+    path = recorded(tmp_path, reserved_gib=62.95, tokens_per_s=22_000)
+    result = json.loads(path.read_text())
+    (row,) = (row for row in result["cases"] if "figures" in row)
+    config = load_config("recipes/llama2-7b-dolly.yaml", [
+        "data.packing=bfd", "kernels.attention=document", "kernels.dequant_cache=all", "kernels.keep_inputs=none",
+        "train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=2",
+    ])  # fmt: skip
+    alone = check_recorded(row, config, require_gpu("h200"))
+    shared = check_recorded(row | {"prefixes": [[-1] + [0] * 49, None]}, config, require_gpu("h200"))
+    assert shared.step_ms[0] > alone.step_ms[0]
+    assert shared.reserved_gib == alone.reserved_gib
 
 
 @pytest.mark.parametrize(("reserved_gib", "tokens_per_s"), [(68.0, 22_000), (62.95, 26_000)])

@@ -38,6 +38,8 @@ class Case:
 
 # The floor's own buffers find no room beside the largest batch; it counts for no verdict on that one.
 SMALLER = "ours at batch 6, floor"
+# What the kernels give by themselves, beside what not computing a shared prompt again gives.
+EVERY_PROMPT = "ours, every prompt computed"
 SAME_BATCH, EAGER = "ours at the peer's batch", "ours, eager"
 # Named apart from A, so that both come from the same stretch of time.
 DROPOUT, NO_DROPOUT = "ours, dropout 0.1", "ours, dropout 0"
@@ -65,20 +67,25 @@ CASES = {
             (NO_DROPOUT, "--dropout 0"),
             (NO_DROPOUT, "--dropout 0"),
             (DROPOUT, ""),
+            (EVERY_PROMPT, "--prefix-reuse none"),
         ),
         # A step that is 3 % slower.
-        checks=(Check(DROPOUT, NO_DROPOUT, 1 / 1.03),),
+        checks=(Check(DROPOUT, NO_DROPOUT, 1 / 1.03), Check(EVERY_PROMPT, "B"), Check("A", EVERY_PROMPT)),
     ),
     "all-linear-unsloth": Case(
         # For a GPU of 139 GiB; some layers' inputs are rebuilt, since the peer's weights wait on it too.
-        ours=f"{_ALL} --batch 17 --recompute-layers none --cached-layers all --keep-inputs-layers 22",
+        ours=f"{_ALL} --batch 20 --recompute-layers none --cached-layers all --keep-inputs-layers 22",
         peers={
             "unsloth": f"{_ALL} --batch 16 --no-checkpointing",
             "trl": f"{_ALL} --batch 8 {_LIGER} --no-checkpointing",
         },
         bound=1.2,
         or_of_floor=0.90,
-        extras=((SMALLER, "--batch 6 --floor --cached-layers auto --keep-inputs-layers auto"),),
+        extras=(
+            (EVERY_PROMPT, "--batch 17 --prefix-reuse none"),
+            (SMALLER, "--batch 6 --floor --cached-layers auto --keep-inputs-layers auto"),
+        ),
+        checks=(Check(EVERY_PROMPT, "B"), Check("A", EVERY_PROMPT)),
     ),
     "cap22-qv": Case(
         ours=f"{_QV} --batch 2 --memory-cap-gib 22",

@@ -25,6 +25,8 @@ _OUR_KEYS = {
     "attention": "kernels.attention",
     "layer": "kernels.layer",
     "gated": "kernels.gated",
+    "padding": "kernels.padding",
+    "prefix_reuse": "kernels.prefix_reuse",
     "recompute_layers": "train.gradient_checkpointing",
     "cached_layers": "kernels.dequant_cache",
     "keep_inputs_layers": "kernels.keep_inputs",

@@ -46,6 +46,7 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
             keep_inputs=arguments.keep_inputs_layers,
             gated=arguments.gated,
             padding=arguments.padding,
+            prefix_reuse=arguments.prefix_reuse,
         ),
     )
 
@@ -79,6 +80,7 @@ class Packloop:
         return {**row, "asked": shown_config(asked)}
 
     def _run(self, job: steps.Job, arguments: argparse.Namespace) -> dict[str, Any]:
+        job.resolve_kernels()  # which decide how micro-batches are laid out, and so what the floor is of
         first = job.next_window()
         # Before the plan, which then counts the floor's buffers as memory that is taken.
         dtype = getattr(torch, job.config.model.dtype)
@@ -94,7 +96,7 @@ class Packloop:
                 if number >= arguments.warmup:
                     timed += [micro.batch for micro in micros]
                 if floor is not None:
-                    floors_ms.append(floor.step_ms([micro.layout for micro in micros]))
+                    floors_ms.append(floor.step_ms(micros))
         row = {**measure.figures(laps, arguments.warmup), **(steps.memory_figures(paged_bytes) or {})}
         if floor is not None:
             row |= floor_figures(laps, floors_ms, floor, arguments.warmup)
@@ -123,6 +125,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--attention", default="auto", help="a value of kernels.attention")
     parser.add_argument("--gated", choices=("auto", "quack", "none"), default="auto", help="a value of kernels.gated")
     parser.add_argument("--padding", choices=("auto", "drop", "keep"), default="auto", help="of kernels.padding")
+    parser.add_argument(
+        "--prefix-reuse", choices=("auto", "micro_batch", "none"), default="auto", help="of kernels.prefix_reuse"
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--fused", dest="layer", action="store_const", const="fused", default="auto")
     kind.add_argument("--stock", dest="layer", action="store_const", const="stock")

@@ -36,7 +36,7 @@ from packloop.bench.steps import Job
 from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import ModelConfig, RunConfig, parse_config
 from packloop.data.loader import TrainingData, build_data
-from packloop.engine.batch import to_device
+from packloop.engine.batch import Micro
 from packloop.engine.budget import check_budget, is_out_of_memory
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_base, load_tokenizer
@@ -48,8 +48,6 @@ OTHER_CONDITIONS = 4
 _OF_A_PROFILE = ("by_class_ms", "by_phase_ms")
 # Windows whose floor is timed; the median of these is as good as that of all.
 MOST_FLOORS = 5
-# Largest over smallest micro-batch that one size of products stands for: those without padding differ a little.
-_ALIKE = 1.03
 
 
 @dataclass(frozen=True)
@@ -307,18 +305,15 @@ def _of_plain_step(profile: Profile, step_ms: float) -> Profile:
     return profile.model_copy(update={"step_ms": step_ms, "busy_ms": profile.busy_ms * factor, **scaled})
 
 
-def _floor(taken: Probe, subject: Subject) -> FloorRecord | None:
-    """Of the timed steps, window by window, with products of the mean size; None where micro-batches differ much."""
-    sizes = [micro.num_slots for micro in taken.micros]
-    if max(sizes) > _ALIKE * min(sizes):
-        return None
+def _floor(taken: Probe, subject: Subject) -> FloorRecord:
+    """Of the timed steps, window by window. Products are chosen, and parts timed, at the mean micro-batch's size."""
     device, num_micros = subject.device, taken.config.train.gradient_accumulation_steps
-    num_slots = round(sum(sizes) / len(sizes))
-    num_labels = round(sum(micro.num_label_tokens for micro in taken.micros) / len(taken.micros))
+    num_slots = round(sum(micro.num_slots for micro in taken.micros) / len(taken.micros))
+    num_labels = round(sum(micro.label_index.numel() for micro in taken.micros) / len(taken.micros))
     dtype = getattr(torch, taken.config.model.dtype)
     floor = Floor(subject.architecture, num_slots=num_slots, num_labels=num_labels, dtype=dtype, device=device)
-    layouts = [to_device(micro, device)[2] for micro in taken.micros]
-    windows = [layouts[start : start + num_micros] for start in range(0, len(layouts), num_micros)][:MOST_FLOORS]
+    micros = [Micro.of(batch, device, finds_tokens=False) for batch in taken.micros[: MOST_FLOORS * num_micros]]
+    windows = [micros[start : start + num_micros] for start in range(0, len(micros), num_micros)]
     times_ms = sorted(floor.step_ms(window) for window in windows)
     ms = times_ms[len(times_ms) // 2]
     layers = subject.architecture.num_hidden_layers

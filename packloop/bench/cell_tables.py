@@ -7,7 +7,7 @@ from packloop.bench.drawing import IDLE
 from packloop.bench.groups import Group, batch_of, reference_of
 from packloop.bench.kernel_classes import CLASSES
 from packloop.bench.plots import ms_per_thousand, pieces_of, rate_of
-from packloop.bench.results import Cell, GpuState
+from packloop.bench.results import Cell, Figures, GpuState
 
 NONE = "-"
 STATUS_WORDS = {"measured": "measured", "out_of_memory": "out of memory", "failed": "failed", "wrong": "wrong result"}
@@ -58,6 +58,25 @@ def rates_table(cells: list[Cell], attachments: Attachments) -> Table:
             ]
         )
     return Table(columns, rows)
+
+
+def shared_words(cells: list[Cell]) -> list[str]:
+    """A line for each cell with a rate that computed fewer slots than it had real tokens: what it computed once."""
+    lines = []
+    for cell in by_rate(cells):
+        share = shared_share(cell.figures) if rate_of(cell) else 0.0
+        if share > 0:
+            lines.append(
+                f"{label_of(cell)}: {share:.1%} of its real tokens repeat a beginning that documents of a micro-batch "
+                "share, which is computed once; its utilisation by model FLOPs counts it in each of them, by hardware "
+                "FLOPs once, and its floor is of the slots computed"
+            )
+    return lines
+
+
+def shared_share(figures: Figures) -> float:
+    """Of the real tokens, those that no slot was computed for, at least: slots of padding hide as many. 0 for none."""
+    return max(0.0, 1 - figures.slot_tokens_per_step / figures.real_tokens_per_step)
 
 
 def ratios_table(cells: list[Cell], groups: list[Group]) -> Table | None:

@@ -8,6 +8,10 @@ Executed: the same for slots, padding included, less the input gradient of the f
 waits for; the forward pass again of the layers that recompute; and attention as the backend does it. A fused kernel
 computes the scores a second time in its backward pass (14 instead of 12 a pair). `eager`, and `sdpa` on packed
 documents, do not skip the pairs that their mask hides.
+
+A beginning that documents of a micro-batch share (`Batch.prefix_of`) is needed by each of them, so it counts in each as
+if the document were alone, with its targets; executed is the one computation that serves them all. What is executed can
+therefore be less than what is needed, and model utilisation above hardware utilisation.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from packloop.bench.results import Ceilings, Flops
 from packloop.config import LoraConfig, RunConfig
@@ -29,8 +34,9 @@ from packloop.gpus import find_gpu
 class Work:
     """What some micro-batches hold, or an average step.
 
-    head_rows: rows that the head multiplies; pairs: of a query and a key not after it in the same document;
-    visited_pairs: those that the attention multiplies, padding and what a mask hides included.
+    real_tokens, label_tokens: of all documents, each counted whole. head_rows: rows that the head multiplies; pairs: of
+    a query and a key not after it in the same document; visited_pairs: those that the attention multiplies, padding and
+    what a mask hides included, pairs within a beginning that documents share once.
     """
 
     slots: float
@@ -47,13 +53,12 @@ class Work:
 
 def work_of(micros: Sequence[Batch], attention: str) -> Work:
     """As packloop works: the head multiplies the rows that have a label. attention: a value of kernels.attention."""
-    labels = sum(micro.num_label_tokens for micro in micros)
     return Work(
         slots=sum(micro.num_slots for micro in micros),
         real_tokens=sum(micro.num_real_tokens for micro in micros),
-        label_tokens=labels,
-        head_rows=labels,
-        pairs=sum(_causal_pairs(micro, with_padding=False) for micro in micros),
+        label_tokens=sum(micro.num_label_tokens for micro in micros),
+        head_rows=sum(micro.label_index.numel() for micro in micros),
+        pairs=sum(_pairs_needed(micro) for micro in micros),
         visited_pairs=sum(_pairs_visited(micro, attention) for micro in micros),
     )
 
@@ -168,11 +173,15 @@ def _head_parameters(config: Any) -> int:
     return config.hidden_size * config.vocab_size
 
 
-def _causal_pairs(micro: Batch, *, with_padding: bool) -> int:
-    """Pairs of a query and a key not after it, in the same document."""
-    lengths = torch.diff(micro.cu_seqlens.long())
-    if not with_padding:
-        lengths = lengths[micro.document_ids.flatten()[micro.cu_seqlens[:-1].long()] >= 0]
+def _pairs_needed(micro: Batch) -> int:
+    """Pairs of a query and a key not after it in the same document, each document whole: no padding."""
+    starts, lengths = micro.cu_seqlens[:-1].long(), torch.diff(micro.cu_seqlens.long())
+    counts = micro.document_ids.flatten()[starts] >= 0
+    if micro.prefix_of is not None:
+        prefix = micro.prefix_of.long()
+        counts[prefix[prefix >= 0]] = False  # it counts in the documents that begin with it
+        lengths = lengths + _prefix_lengths(micro)
+    lengths = lengths[counts]
     return int((lengths * (lengths + 1) // 2).sum())
 
 
@@ -182,4 +191,14 @@ def _pairs_visited(micro: Batch, attention: str) -> int:
     if attention == "eager" or (attention == "sdpa" and is_packed):
         rows, columns = micro.input_ids.shape
         return rows * columns * columns
-    return _causal_pairs(micro, with_padding=True)
+    lengths = torch.diff(micro.cu_seqlens.long())
+    return int((lengths * (lengths + 1) // 2 + lengths * _prefix_lengths(micro)).sum())
+
+
+def _prefix_lengths(micro: Batch) -> Tensor:
+    """int64 [D]: tokens of the beginning that each document shares and that lies elsewhere."""
+    lengths = torch.diff(micro.cu_seqlens.long())
+    if micro.prefix_of is None:
+        return torch.zeros_like(lengths)
+    prefix = micro.prefix_of.long()
+    return lengths[prefix.clamp(min=0)].where(prefix >= 0, 0)

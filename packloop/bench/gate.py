@@ -2,7 +2,8 @@
 
 Both take the same few optimizer steps on one window, the first of the epoch, from the same adapters; the losses
 of all but the first step, and the gradients' norms, depend on what the updates before did. The reference takes the
-window pack by pack, which is the same mathematics, so one reference serves every split of a window into micro-batches.
+window pack by pack, in padded rows and every document by itself, which is the same mathematics, so one reference serves
+every split of a window into micro-batches and every way of laying documents out.
 
 Dropout is off in these steps: implementations draw different masks, and no comparison could be exact. And the adapters
 are random. With B = 0, as a fresh one has it, the first forward pass would not depend on them. PEFT draws A in the
@@ -63,12 +64,17 @@ def gate_config(config: RunConfig) -> RunConfig:
 def reference_config(config: RunConfig, way: RunConfig | None) -> RunConfig:
     """What a cell of `config` is held to: its data and its learning, computed as `way` does, pack by pack.
 
+    Packs are rows with their padding, of which documents share nothing.
     way None: stock decoder layers with eager attention, every one recomputed, and the head and loss in PyTorch.
     """
     gate = gate_config(config)
     learning = {name: getattr(gate.train, name) for name in _LEARNING}
-    kernels = {"attention": "eager", "layer": "stock", "dequant_cache": "none", "keep_inputs": "none"}
-    kernels["cross_entropy"] = "torch"
+    if way is not None:
+        kernels = way.kernels.model_dump(mode="json")
+    else:
+        kernels = {"attention": "eager", "layer": "stock", "dequant_cache": "none", "keep_inputs": "none"}
+        kernels["cross_entropy"] = "torch"
+    kernels |= {"padding": "keep", "prefix_reuse": "none"}
     train = {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": gate.train.per_device_train_batch_size * gate.train.gradient_accumulation_steps,
@@ -77,9 +83,7 @@ def reference_config(config: RunConfig, way: RunConfig | None) -> RunConfig:
         **learning,
     }
     subject = {name: getattr(gate, name).model_dump(mode="json") for name in ("model", "lora", "data")}
-    return parse_config(
-        {**subject, "train": train, "kernels": kernels if way is None else way.kernels.model_dump(mode="json")}
-    )
+    return parse_config({**subject, "train": train, "kernels": kernels})
 
 
 def reference_key(config: RunConfig, synthetic: str | None, tokenizer: str | None) -> str:

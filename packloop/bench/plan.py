@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from transformers import AutoConfig, LlamaConfig
 
 from packloop.bench.synthetic import shape_config
 from packloop.config import ModelConfig, RunConfig
-from packloop.data.layout import without_padding
-from packloop.data.loader import Batch, PackLoader, TrainingData, build_data
+from packloop.data.layout import as_packed, share_prefixes, without_padding
+from packloop.data.loader import Batch, TrainingData, build_data, make_batch
+from packloop.data.packing import epoch_packs
 from packloop.engine.budget import GIB, settle_budget
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer, resolve_name
-from packloop.engine.plan import count_layers, needs_rows
+from packloop.engine.plan import count_layers, may_drop_padding, needs_rows, why_not_shared
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.engine.planner.rates import ATTENTION_RATES
 from packloop.engine.planner.search import Candidate, Search
@@ -26,15 +28,15 @@ from packloop.engine.planner.shape import ModelShape
 from packloop.engine.planner.time import Load
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
-from packloop.kernels.attention import FLAT
+from packloop.kernels.attention import FLAT, SHARING
 from packloop.kernels.flash_attention import NEEDED_CAPABILITY
 from packloop.kernels.gated import HOPPER, why_not_quack
 from packloop.kernels.operations import Operations
 from packloop.kernels.patch import NEEDED_OF_MODEL
 
 _UNITS = {"": GIB, "gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
-# Packs that averages are taken over.
-_MAX_PACKS = 512
+# Packs that averages are taken over; fewer where documents share beginnings, which takes longer to find out.
+_MAX_PACKS, _MAX_SHARED_PACKS = 512, 64
 _SETTINGS = ("recompute_layers", "cached_layers", "keep_inputs_layers")
 
 
@@ -85,18 +87,30 @@ def plan(
         raise InputError(f"kernels.gated=quack: {NEEDED_OF_MODEL}; use kernels.gated=none")
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
     data = build_data(config.data, tokenizer, seed=config.train.seed)
-    search = Search(
-        shape,
-        chosen,
-        loads(config, data, tokenizer.pad_token_id),
-        attentions=attentions(config, chosen),
-        is_paged=config.train.optim == "paged_adamw_32bit",
-    )
+    load_of, is_paged = loads(config, data, tokenizer.pad_token_id), config.train.optim == "paged_adamw_32bit"
+    # One for each backend, as it decides where the documents of a micro-batch can lie.
+    searches = [
+        Search(shape, chosen, partial(load_of, attention=name), attentions=[name], is_paged=is_paged)
+        for name in attentions(config, chosen)
+    ]
     train = config.train
-    best = search.best(budget_gib, train.per_device_train_batch_size * train.gradient_accumulation_steps)
+    best = _best(searches, budget_gib, train.per_device_train_batch_size * train.gradient_accumulation_steps)
     if not best:
-        raise OutOfMemoryError(_does_not_fit(search.smallest(), budget_gib))
-    return Forecast(config, shape, chosen, budget_gib, _as_configured(config, search, budget_gib), best, notes)
+        smallest = min((search.smallest() for search in searches), key=lambda one: one.memory.counted_gib)
+        raise OutOfMemoryError(_does_not_fit(smallest, budget_gib))
+    return Forecast(config, shape, chosen, budget_gib, _as_configured(config, searches, budget_gib), best, notes)
+
+
+def _best(searches: list[Search], budget_gib: float, global_batch: int) -> list[Candidate]:
+    """As `Search.best`, of the backend that is fastest at each size of micro-batch."""
+    found: dict[int, Candidate] = {}
+    for one in (candidate for search in searches for candidate in search.best(budget_gib, global_batch)):
+        found[one.batch] = max((found.get(one.batch, one), one), key=_rate)
+    return sorted(found.values(), key=lambda one: (one.global_batch != global_batch, -_rate(one)))
+
+
+def _rate(candidate: Candidate) -> float:
+    return candidate.time.tokens_per_s
 
 
 def _is_gated(asked: str, gpu: Gpu) -> bool:
@@ -152,6 +166,15 @@ def attentions(config: RunConfig, gpu: Gpu) -> list[str]:
         possible = ["sdpa"]
     else:
         possible = ["document", "varlen", *(["sdpa"] if config.data.packing != "bfd" else [])]
+    if config.kernels.prefix_reuse == "micro_batch":
+        if reason := why_not_shared(config):
+            raise InputError(f"kernels.prefix_reuse=micro_batch: {reason}")
+        if not set(possible) & set(SHARING):
+            raise InputError(
+                f"kernels.prefix_reuse=micro_batch: kernels.attention={possible[0]} knows no beginnings that documents "
+                f"share; use {', '.join(SHARING)}, or kernels.prefix_reuse=none"
+            )
+        return [name for name in possible if name in SHARING]
     if config.kernels.padding != "drop":
         return possible
     if not set(possible) & set(FLAT):
@@ -163,61 +186,76 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[[int], Load]:
-    """The average micro-batch of that many packs, of an epoch's first packs; attention is left open."""
-
-    drops = config.kernels.padding == "drop"
+def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[[int, str], Load]:
+    """The average micro-batch of that many packs under that attention, of an epoch's first packs."""
+    documents, packing, max_length = data.train, config.data.packing, config.data.max_length
+    packs, order = epoch_packs(
+        documents.lengths, packing, max_length, seed=config.train.seed, epoch=0, shuffle=config.data.shuffle
+    )
 
     @cache
-    def load_of(batch: int) -> Load:
-        loader = PackLoader(
-            data.train,
-            packing=config.data.packing,
-            max_length=config.data.max_length,
-            per_device_batch_size=batch,
-            gradient_accumulation_steps=1,
-            rank=0,
-            world_size=1,
-            seed=config.train.seed,
-            shuffle=config.data.shuffle,
-            pad_token_id=pad_token_id,
-        )
-        count = min(max(1, loader.num_packs // batch), -(-_MAX_PACKS // batch))
-        micros = [loader.next_window()[0] for _ in range(count)]
+    def load_of(batch: int, arrange: Callable[[Batch], Batch]) -> Load:
+        most_packs = _MAX_SHARED_PACKS if arrange is share_prefixes else _MAX_PACKS
+        count = min(max(1, packs.num_packs // batch), -(-most_packs // batch))
+        micros = [
+            make_batch(documents, packs, chosen, packing=packing, max_length=max_length, pad_token_id=pad_token_id)
+            for chosen in (order[number * batch : (number + 1) * batch] for number in range(count))
+        ]
         # Memory is planned for with padding, as `train` does.
         most_slots = max(micro.num_slots for micro in micros)
-        return replace(
-            load_from([without_padding(micro) for micro in micros] if drops else micros), most_slots=most_slots
-        )
+        return replace(load_from([arrange(micro) for micro in micros]), most_slots=most_slots)
 
-    if config.data.packing == "none":  # a micro-batch is as long as its longest document
-        return load_of
-
-    def scaled(batch: int) -> Load:
-        one = load_of(1)
+    def load(batch: int, attention: str) -> Load:
+        arrange = _arrangement(config, attention)
+        # Of its longest document or of what its packs share, else a micro-batch is made of packs like any other's.
+        if packing == "none" or arrange is share_prefixes:
+            return replace(load_of(batch, arrange), attention=attention)
+        one = load_of(1, arrange)
         return Load(
-            (one.real_tokens if drops else one.slots) * batch,
+            (one.slots if arrange is as_packed else one.real_tokens) * batch,
             one.real_tokens * batch,
             one.labels * batch,
             one.squared_lengths * batch,
             one.most_slots * batch,
-            "",
+            attention,
         )
 
-    return scaled
+    return load
+
+
+def _arrangement(config: RunConfig, attention: str) -> Callable[[Batch], Batch]:
+    """How a run under that attention lays the documents of a micro-batch out on a GPU."""
+    if attention not in FLAT or not may_drop_padding(config, on_gpu=True):
+        return as_packed
+    is_wrapped = config.data.packing == "wrapped"
+    shares = attention in SHARING and config.kernels.prefix_reuse != "none" and not is_wrapped
+    return share_prefixes if shares else without_padding
 
 
 def load_from(micros: list[Batch]) -> Load:
     """The average of these micro-batches."""
-    squares = [float(np.square(micro.cu_seqlens.diff().numpy().astype(np.int64)).sum()) for micro in micros]
+    squares = [attended_squares(micro.cu_seqlens.diff(), micro.prefix_of) for micro in micros]
     return Load(
         slots=float(np.mean([micro.num_slots for micro in micros])),
         real_tokens=float(np.mean([micro.num_real_tokens for micro in micros])),
-        labels=float(np.mean([micro.num_label_tokens for micro in micros])),
+        labels=float(np.mean([micro.label_index.numel() for micro in micros])),
         squared_lengths=float(np.mean(squares)),
         most_slots=max(micro.num_slots for micro in micros),
         attention="",
     )
+
+
+def attended_squares(lengths: ArrayLike, prefix_of: ArrayLike | None) -> int:
+    """n^2 of every n tokens and 2 n p where p that lie elsewhere come first: twice the pairs that attention multiplies.
+
+    lengths, prefix_of: of each document of a micro-batch, as in `Batch`.
+    """
+    own = np.asarray(lengths, dtype=np.int64)
+    if prefix_of is None:
+        return int(np.square(own).sum())
+    prefix = np.asarray(prefix_of, dtype=np.int64)
+    before = np.where(prefix >= 0, own[np.maximum(prefix, 0)], 0)
+    return int((own * (own + 2 * before)).sum())
 
 
 def _sources(config: RunConfig, synthetic: str | None) -> tuple[RunConfig, LlamaConfig, list[str]]:
@@ -244,16 +282,18 @@ def _sources(config: RunConfig, synthetic: str | None) -> tuple[RunConfig, Llama
     return config, architecture, []
 
 
-def _as_configured(config: RunConfig, search: Search, budget_gib: float) -> Candidate | None:
+def _as_configured(config: RunConfig, searches: list[Search], budget_gib: float) -> Candidate | None:
     """The configuration's own settings, whether they fit or not; None where an `auto` of it cannot be made to fit."""
     values = (config.train.gradient_checkpointing, config.kernels.dequant_cache, config.kernels.keep_inputs)
-    num_layers = search.shape.num_layers
+    num_layers = searches[0].shape.num_layers
     named = zip(_SETTINGS, values, strict=True)
     fixed = {name: count_layers(value, num_layers) for name, value in named if value != "auto"}
     batch, accumulation = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
     if len(fixed) < len(_SETTINGS):
-        return search.within(budget_gib, batch, accumulation, fixed)
-    return search.predict(batch, accumulation, MemoryPlan(**fixed))
+        found = [search.within(budget_gib, batch, accumulation, fixed) for search in searches]
+    else:
+        found = [search.predict(batch, accumulation, MemoryPlan(**fixed)) for search in searches]
+    return max((one for one in found if one is not None), key=_rate, default=None)
 
 
 def _does_not_fit(smallest: Candidate, budget_gib: float) -> str:

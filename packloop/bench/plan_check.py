@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from packloop.bench.plan import Forecast, load_from
+from packloop.bench.plan import Forecast, attended_squares, load_from
 from packloop.bench.probe import Probe, probe
 from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import ModelConfig, RunConfig
@@ -81,11 +81,13 @@ def check_recorded(row: dict[str, Any], config: RunConfig, gpu: Gpu) -> Check:
     shape = ModelShape.of_run(shape_config(row["case"]["shape"]), config)
     figures, documents = row["figures"], row["documents"]
     slots = [sum(lengths) for lengths in documents]
+    prefixes = row.get("prefixes", [None] * len(documents))
+    squares = [attended_squares(*micro) for micro in zip(documents, prefixes, strict=True)]
     load = Load(
         slots=statistics.mean(slots),
         real_tokens=figures["real_tokens_per_step"] / train.gradient_accumulation_steps,
         labels=statistics.mean(row["labels"]),
-        squared_lengths=statistics.mean(sum(length**2 for length in lengths) for lengths in documents),
+        squared_lengths=statistics.mean(squares),
         most_slots=max(slots),
         attention="",
     )

@@ -109,7 +109,7 @@ class ProfiledSteps:
     """The same windows timed alone, then taken under the profiler with labels, and on a GPU once more for `busy_share`.
 
     laps, traced_laps: of the first two; breakdowns: of the labelled, on a GPU rescaled to the timed steps' busy time;
-    layouts: of all their micro-batches, in order. num_slots: of one micro-batch.
+    layouts: of all their micro-batches, in order. num_slots: of the largest micro-batch.
     """
 
     laps: list[Lap] = field(default_factory=list)
@@ -155,7 +155,7 @@ def profile_steps(job: Job, options: dict[str, Any], *, steps: int, warmup: int,
                 job.next_window()
                 breakdown.rescale(busy_share(step, window) * lap.ms)
     taken.layouts = [micro.layout for window in windows for micro in window]
-    taken.num_slots = windows[0][0].batch.num_slots
+    taken.num_slots = max(micro.batch.num_slots for window in windows for micro in window)
     return taken
 
 

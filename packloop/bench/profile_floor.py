@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig
 
-from packloop.kernels.attention import DocumentLayout, load_backend, rotates, usable_backends
+from packloop.kernels.attention import SHARING, DocumentLayout, load_backend, rotates, usable_backends
 from packloop.kernels.rope import Rotation, rope_
 
 _REPEATS = 5
@@ -39,7 +39,8 @@ def measure_attention(
 ) -> list[AttentionTimes]:
     """Every usable backend on these layouts, those of `num_steps` steps; the fastest first.
 
-    Not timed: eager, and sdpa on packed documents on a GPU where another can run, whose mask is quadratic in memory.
+    Not timed: eager; sdpa on packed documents on a GPU where another can run, whose mask is quadratic in memory; and
+    where documents share beginnings those that know none.
     """
     layouts = list(layouts)
     is_packed = any(layout.is_packed for layout in layouts)
@@ -47,6 +48,8 @@ def measure_attention(
     names = [name for name, reason in reasons.items() if reason is None and name != "eager"]
     if is_packed and device.type == "cuda" and len(names) > 1:
         names.remove("sdpa")
+    if any(layout.prefix_of is not None for layout in layouts):
+        names = [name for name in names if name in SHARING]
     found = []
     for name in names:
         times = [_time_backend(name, config, layout, dtype, device) for layout in layouts]

@@ -113,6 +113,7 @@ def _facts(result: ProfileResult) -> list[str]:
         ", ".join(f"{ms:,.1f}" for ms in times) for times in (result.step_ms_all, result.profiled_step_ms_all)
     )
     versions = ", ".join(f"{name} {version}" for name, version in conditions.versions.items())
+    shared = ", which is more than slots as beginnings that documents share are computed once" if real > slots else ""
     facts = [
         f"{result.shape} on {conditions.device}; {versions}; commit {(conditions.commit or 'unknown')[:10]}"
         f"{' with uncommitted changes' if conditions.uncommitted_changes else ''}; {conditions.date}",
@@ -121,7 +122,7 @@ def _facts(result: ProfileResult) -> list[str]:
         f"{kernels['layer']}, attention {kernels['attention']}; of the layers, recomputed: "
         f"{train['gradient_checkpointing']}, weights kept dequantised: {kernels['dequant_cache']}, inputs kept: "
         f"{kernels['keep_inputs']}",
-        f"{slots:,.0f} slots, {real:,.0f} real and {result.label_tokens_per_step:,.0f} label tokens a step; "
+        f"{slots:,.0f} slots, {real:,.0f} real and {result.label_tokens_per_step:,.0f} label tokens a step{shared}; "
         f"{rate:,.0f} real tokens/s",
         f"steps timed alone: {timed} ms; under the profiler: {traced} ms",
     ]

@@ -19,6 +19,7 @@ from packloop.bench.cell_tables import (
     label_of,
     rates_table,
     ratios_table,
+    shared_words,
     time_table,
 )
 from packloop.bench.cost import TUTORIAL_DATA, DataSet, measured_ceilings
@@ -42,7 +43,8 @@ from packloop.errors import InputError
 from packloop.gpus import require_gpu
 
 _HOW_TO_READ = [
-    "Rates are in real tokens/s: padding is not counted. Slots are batch x length, labels the tokens trained on.",
+    "Rates are in real tokens/s: padding is not counted, and a beginning that documents share counts in each of them. "
+    "Slots are those computed, labels the tokens trained on.",
     "A rate is the median of the timed steps, and its spread goes from their first to their third quartile.",
     "Cells of one session ran beside each other. Cells of different sessions are never in one chart.",
     "Out of memory, failed and wrong are results too: rows and charts say the reason.",
@@ -140,6 +142,8 @@ def _add_session(
     for group in groups:
         document.add(_rates_picture(session, group))
     document.add(Heading("Throughput and memory", 3), rates_table(cells, attachments))
+    if shared := shared_words(cells):
+        document.add(Bullets(shared))
     ratios = ratios_table(cells, groups)
     if ratios:
         document.add(Heading("Against the reference", 3), ratios)

@@ -30,7 +30,10 @@ class Spread(Record):
 
 
 class Figures(Record):
-    """Rates a second and milliseconds a step; slots: batch x length, real: not padding, label: trained on."""
+    """Rates a second and milliseconds a step. slots: computed, padding included; real: not padding; label: trained on.
+
+    Real and label tokens are of all documents, each counted whole, so that there can be more real tokens than slots.
+    """
 
     warmup_steps: int
     timed_steps: int
@@ -55,7 +58,7 @@ class Memory(Record):
 
 
 class Flops(Record):
-    """TFLOP/s of the median step. model: what the mathematics needs; hardware: with recomputation."""
+    """TFLOP/s of the median step. model: what the mathematics needs; hardware: what was executed (`bench.flops`)."""
 
     model_tflops: float
     hardware_tflops: float
