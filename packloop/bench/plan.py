@@ -14,13 +14,13 @@ from transformers import AutoConfig, LlamaConfig
 
 from packloop.bench.synthetic import shape_config
 from packloop.config import ModelConfig, RunConfig
-from packloop.data.layout import as_packed, share_prefixes, without_padding
+from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import Batch, TrainingData, build_data, make_batch
-from packloop.data.packing import epoch_packs
+from packloop.data.packing import Packs, epoch_packs
 from packloop.engine.budget import GIB, settle_budget
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer, resolve_name
-from packloop.engine.plan import count_layers, may_drop_padding, needs_rows, why_not_shared
+from packloop.engine.plan import count_layers, epochs_looked_through, may_drop_padding, needs_rows, why_not_shared
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.engine.planner.rates import ATTENTION_RATES
 from packloop.engine.planner.search import Candidate, Search
@@ -189,9 +189,23 @@ def _dotted(capability: tuple[int, int]) -> str:
 def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[[int, str], Load]:
     """The average micro-batch of that many packs under that attention, of an epoch's first packs."""
     documents, packing, max_length = data.train, config.data.packing, config.data.max_length
-    packs, order = epoch_packs(
-        documents.lengths, packing, max_length, seed=config.train.seed, epoch=0, shuffle=config.data.shuffle
-    )
+
+    @cache
+    def packs_of(epoch: int) -> tuple[Packs, np.ndarray]:
+        seed, shuffle = config.train.seed, config.data.shuffle
+        return epoch_packs(documents.lengths, packing, max_length, seed=seed, epoch=epoch, shuffle=shuffle)
+
+    packs, order = packs_of(0)
+
+    def most_slots_of(batch: int) -> int | None:
+        """Of the largest micro-batch that shares beginnings, as `train` looks it up."""
+        steps_per_epoch = -(-packs.num_packs // (batch * config.train.gradient_accumulation_steps))
+        num_epochs = epochs_looked_through(config, packs.num_packs, steps_per_epoch)
+        if num_epochs is None:
+            return None
+        epochs = map(packs_of, range(num_epochs))
+        split = ((made, np.split(order, range(batch, len(order), batch))) for made, order in epochs)
+        return most_shared_slots(documents, split, max_length)
 
     @cache
     def load_of(batch: int, arrange: Callable[[Batch], Batch]) -> Load:
@@ -201,8 +215,9 @@ def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[
             make_batch(documents, packs, chosen, packing=packing, max_length=max_length, pad_token_id=pad_token_id)
             for chosen in (order[number * batch : (number + 1) * batch] for number in range(count))
         ]
-        # Memory is planned for with padding, as `train` does.
-        most_slots = max(micro.num_slots for micro in micros)
+        # Memory is planned for as `train` does it: with padding, or for what beginnings leave at most.
+        most_slots = most_slots_of(batch) if arrange is share_prefixes else None
+        most_slots = most_slots or max(micro.num_slots for micro in micros)
         return replace(load_from([arrange(micro) for micro in micros]), most_slots=most_slots)
 
     def load(batch: int, attention: str) -> Load:

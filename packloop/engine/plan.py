@@ -263,13 +263,18 @@ def largest_micro(config: RunConfig, loader: PackLoader) -> Batch:
     micro = _first_micro(loader)
     if config.kernels.prefix_reuse != "micro_batch":
         return micro
-    steps, per_epoch = config.train.max_steps, loader.steps_per_epoch
-    num_epochs = math.ceil(steps / per_epoch if steps else config.train.num_train_epochs)
-    if num_epochs > _MOST_EPOCHS:
+    num_epochs = epochs_looked_through(config, loader.num_packs, loader.steps_per_epoch)
+    if num_epochs is None:
         return micro
-    num_epochs = max(num_epochs, math.ceil(_LEAST_PACKS / loader.num_packs))
     epochs = map(loader.micro_batches, range(num_epochs))
     return share_prefixes(micro, least_slots=most_shared_slots(loader.documents, epochs, config.data.max_length))
+
+
+def epochs_looked_through(config: RunConfig, num_packs: int, steps_per_epoch: int) -> int | None:
+    """Epochs whose micro-batches say how large one that shares beginnings gets; None where they are too many."""
+    steps = config.train.max_steps
+    num_epochs = math.ceil(steps / steps_per_epoch if steps else config.train.num_train_epochs)
+    return None if num_epochs > _MOST_EPOCHS else max(num_epochs, math.ceil(_LEAST_PACKS / num_packs))
 
 
 def _first_micro(loader: PackLoader) -> Batch:
