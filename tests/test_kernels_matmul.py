@@ -97,12 +97,12 @@ def test_a_few_rows_more_or_less_run_by_the_same_algorithm(monkeypatch, chosen):
     monkeypatch.setattr(matmul, "_choose", choose)
     monkeypatch.setattr(cublaslt, "Product", Product)
     w, found = random(8, 10), {}
-    for rows in (1024, 1040, 1024, 960, 1000, 1010, 1020, 1030, 959, 1089, 2000):
+    for rows in (1024, 1040, 1024, 960, 1000, 1010, 1020, 1030, 767, 1281, 2000):
         found[rows] = choice_for(random(rows, 8), w, torch.empty(rows, 10))
-    assert timed == [1024, 959, 1089, 2000]
+    assert timed == [1024, 767, 1281, 2000]
     expected = {rows: "fastest" if chosen and rows not in (1000, 1010, 1020, 1030) else None for rows in found}
     assert {rows: choice.algorithm for rows, choice in found.items()} == expected
-    assert made == ([1024, 1040, 960, 1020, 1030, 959, 1089, 2000] if chosen else [])
+    assert made == ([1024, 1040, 960, 1020, 1030, 767, 1281, 2000] if chosen else [])
     assert len({id(choice.product) for choice in found.values() if choice.product}) == (6 if chosen else 0)
     # Those that follow take none of the places of those that are timed.
     monkeypatch.setattr(matmul, "MOST_SHAPES", len(timed) + 1)
@@ -110,6 +110,32 @@ def test_a_few_rows_more_or_less_run_by_the_same_algorithm(monkeypatch, chosen):
     # Of other strides it is another product.
     choice_for(random(1024, 16)[:, :8], w, torch.empty(1024, 10))
     assert timed[-1] == 1024
+
+
+def test_bits_are_compared_until_they_were_torchs_a_few_times(monkeypatch):
+    compared = []
+
+    class Product:
+        def __init__(self, x, w, out):
+            pass
+
+        def is_aligned(self, *_):
+            return True
+
+    def gives(product, algorithm, x, w, out, expected):
+        compared.append(len(x))
+        return len(x) != 1010
+
+    forget(monkeypatch)
+    monkeypatch.setattr(matmul, "_choose", lambda x, w, out: Choice(Product(x, w, out), "fastest", 0.1))
+    monkeypatch.setattr(matmul, "_COMPARED", 2)
+    monkeypatch.setattr(matmul, "_gives", gives)
+    monkeypatch.setattr(cublaslt, "Product", Product)
+    w, found = random(8, 10), {}
+    for rows in (1024, 1000, 1010, 1020, 1030, 1010, 900):
+        found[rows] = choice_for(random(rows, 8), w, torch.empty(rows, 10)).algorithm
+    assert compared == [1000, 1010, 1020]
+    assert found == {rows: None if rows == 1010 else "fastest" for rows in found}
 
 
 def test_deterministic_products_are_torchs(monkeypatch):

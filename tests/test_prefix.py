@@ -7,19 +7,21 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from small_job import read_steps, small_config
-from test_data_loader import PAD, documents_of
+from test_data_loader import PAD, documents_of, loader_of
 from test_engine_packed import hidden_and_gradient, load_model
 
 from packloop.config import load_config
 from packloop.data import layout as layout_module
-from packloop.data.layout import share_prefixes, without_padding
-from packloop.data.loader import make_batch
+from packloop.data.layout import Template, most_shared_slots, share_prefixes, without_padding
+from packloop.data.loader import build_data, make_batch
 from packloop.data.packing import epoch_packs
 from packloop.data.tokenize import Documents
 from packloop.engine import plan
 from packloop.engine.batch import Micro
-from packloop.engine.loop import train
+from packloop.engine.loop import make_loader, train
+from packloop.engine.model import load_tokenizer
 from packloop.engine.optim import FlatParameters
 from packloop.errors import ConfigError
 from packloop.kernels.attention import FLAT, CountedAttention
@@ -120,6 +122,69 @@ def test_groups_save_the_most(monkeypatch):
     assert groups(long, [1, *long]) == groups(long) == groups() == []
     monkeypatch.setattr(layout_module, "LEAST_PREFIX", 10)
     assert groups(long, long) == []
+
+
+@pytest.mark.parametrize("packing", ["bfd", "none"])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_micro_batch_has_more_slots_than_memory_is_planned_for(packing, seed, monkeypatch):
+    monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 1)
+    documents = templated(seed, num_documents=40)
+    template = Template.of(documents)
+    assert template.length == 7  # of the document that is cut off after 8; the last common token stays with each
+    begins = documents.token_ids[documents.offsets[0] : documents.offsets[0] + 8]
+    wholes = [documents.token_ids[a:b] for a, b in pairwise(documents.offsets)]
+    assert template.has_it.tolist() == [np.array_equal(tokens[:8], begins) for tokens in wholes]
+    loader = loader_of(documents, packing, max_length=40, per_device_batch_size=3, world_size=2)
+    others = loader_of(documents, packing, max_length=40, per_device_batch_size=3, world_size=2, rank=1)
+    found = []
+    while loader.state()["epoch"] < 3:
+        found += [share_prefixes(micro).num_slots for one in (loader, others) for micro in one.next_window()]
+    bound = most_shared_slots(documents, map(loader.micro_batches, range(3)), 40)
+    assert max(found) <= bound < max(found) + 40  # the second template's savings, among others, are not in the bound
+    micros = [len(chosen) for epoch in range(3) for chosen in loader.micro_batches(epoch)[1]]
+    assert sum(micros) == 3 * loader.num_packs
+
+
+def test_a_data_set_without_a_template_has_none():
+    documents = documents_of([1, 2, 3, 4, 5], [6, 7, 8, 9], [1, 2])
+    template = Template.of(documents)
+    assert (template.length, template.has_it.tolist()) == (0, [False] * 3)
+
+
+def test_filling_up_adds_no_position_that_rows_have_not():
+    packed = batch_of(templated())
+    plain, filled = share_prefixes(packed), share_prefixes(packed, least_slots=200)
+    assert filled.num_slots == 200
+    assert torch.equal(filled.input_ids[:, : plain.num_slots], plain.input_ids)
+    assert int(filled.position_ids.max()) < 24
+    assert int(filled.cu_seqlens.diff().max()) <= 24
+    assert len(filled.prefix_of) == len(filled.cu_seqlens) - 1
+    assert filled.cu_seqlens[-1] == 200
+    assert torch.equal(filled.label_index, plain.label_index)
+
+
+def test_memory_is_planned_for_the_largest_micro_batch(small_base, small_rows, tmp_path):
+    config = small_config(
+        small_base,
+        small_rows,
+        tmp_path / "run",
+        train={"per_device_train_batch_size": 6},
+        kernels={"prefix_reuse": "none"},
+    )
+    data = build_data(config.data, load_tokenizer(config.model), seed=0)
+    loader = make_loader(config, data, 0, Accelerator(cpu=True))
+    first = plan.largest_micro(config, loader)
+    assert first.prefix_of is None
+    config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"prefix_reuse": "micro_batch"})})
+    micro = plan.largest_micro(config, loader)
+    assert loader.state()["cursor"] == 0
+    sizes = []
+    while loader.state()["epoch"] < 3:
+        sizes += [share_prefixes(batch).num_slots for batch in loader.next_window()]
+    assert max(sizes) <= micro.num_slots < first.num_slots
+    # Of a run too long to look through, all slots of packs.
+    train_config = config.train.model_copy(update={"num_train_epochs": 17})
+    assert plan.largest_micro(config.model_copy(update={"train": train_config}), loader).num_slots == first.num_slots
 
 
 def test_little_or_nothing_to_share_is_without_padding():

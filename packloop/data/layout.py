@@ -9,13 +9,16 @@ Shape suffixes: T slots, D documents (beginnings and a tail of filling included)
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from packloop.data.loader import Batch
+from packloop.data.packing import Packs
+from packloop.data.tokenize import Documents
 
 # Slots, where their number is free, are filled up to a multiple of this: whole tiles of a matrix product.
 SLOT_MULTIPLE = 128
@@ -45,14 +48,14 @@ def without_padding(batch: Batch) -> Batch:
     return _laid_out(batch, starts, lengths)
 
 
-def share_prefixes(batch: Batch) -> Batch:
+def share_prefixes(batch: Batch, *, least_slots: int = 0) -> Batch:
     """`without_padding`, and what documents begin with in common lies before them, once, as a document of its own.
 
     For attention that goes by `prefix_of`, and documents that begin at position 0, as under packing `bfd` and `none`.
     Those that begin alike are grouped so that the most tokens are saved; a document has one beginning at most, of
     `LEAST_PREFIX` tokens or more. The last token that a group has in common stays with each of its documents, so that
     all targets of a beginning are the same for all of them. `without_padding(batch)` where that saves nothing to speak
-    of.
+    of. least_slots: filled up to so many at least.
     """
     starts, lengths = _documents(batch)
     tokens = batch.input_ids.flatten().numpy()
@@ -68,7 +71,55 @@ def share_prefixes(batch: Batch) -> Batch:
     prefix_of += [-1] * len(alone)
     run_starts, run_lengths = np.array([*run_starts, *starts[alone]]), np.array([*run_lengths, *lengths[alone]])
     prefixes = [(length, starts[members]) for length, members in groups]
-    return _laid_out(batch, run_starts, run_lengths, prefix_of, prefixes)
+    return _laid_out(batch, run_starts, run_lengths, prefix_of, prefixes, least_slots)
+
+
+@dataclass(frozen=True)
+class Template:
+    """What most documents of a data set begin with.
+
+    length: tokens that `share_prefixes` saves for each further document. has_it: bool [documents], those that do.
+    """
+
+    length: int
+    has_it: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Documents) -> Template:
+        """Found among the documents that begin with the `LEAST_PREFIX` tokens that most of them begin with."""
+        begins, lengths = documents.offsets[:-1], documents.lengths
+        firsts = np.full((len(documents), LEAST_PREFIX + 1), -1)
+        for column in range(firsts.shape[1]):
+            firsts[lengths > column, column] = documents.token_ids[begins[lengths > column] + column]
+        firsts[lengths < firsts.shape[1]] = -1
+        kinds, kind_of, counts = np.unique(firsts, axis=0, return_inverse=True, return_counts=True)
+        counts[kinds[:, 0] < 0] = 0
+        has_it = kind_of.reshape(-1) == np.argmax(counts)
+        if counts.max(initial=0) < 2:
+            return cls(0, np.zeros(len(documents), dtype=bool))
+        members = np.flatnonzero(has_it)
+        length, shortest = firsts.shape[1], lengths[members].min()
+        while length < shortest and len(np.unique(documents.token_ids[begins[members] + length])) == 1:
+            length += 1
+        return cls(length - 1, has_it)
+
+
+def most_shared_slots(documents: Documents, epochs: Iterable[tuple[Packs, list[np.ndarray]]], max_length: int) -> int:
+    """No micro-batch of these has more slots than this after `share_prefixes`.
+
+    epochs: an epoch's packs, and the numbers of the packs of each of its micro-batches.
+    """
+    template, most = Template.of(documents), 0
+    for packs, micro_batches in epochs:
+        saves = template.has_it[packs.segment_document] & (packs.segment_start == 0)
+        sums = np.concatenate([[0], np.cumsum(saves)])
+        tokens, num_saving = packs.pack_tokens, sums[packs.pack_offsets[1:]] - sums[packs.pack_offsets[:-1]]
+        for chosen in micro_batches:
+            num_tokens = int(tokens[chosen].sum())
+            saved = template.length * max(0, int(num_saving[chosen].sum()) - 1)
+            most = max(most, num_tokens - saved if saved >= LEAST_SAVED * num_tokens else num_tokens)
+    multiple = min(SLOT_MULTIPLE, max_length)
+    return -(-most // multiple) * multiple
 
 
 def _documents(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -90,14 +141,16 @@ def _laid_out(
     lengths: np.ndarray,
     prefix_of: list[int] | None = None,
     prefixes: list[tuple[int, np.ndarray]] = (),
+    least_slots: int = 0,
 ) -> Batch:
     """One row of the runs of tokens at `starts`, filled up with a tail.
 
     prefixes: length of each beginning and where its documents start; their runs come in this order, the first at 0.
     """
     ends = np.cumsum(lengths)
-    num_tokens, num_slots = int(ends[-1]), _whole_tiles(ends[-1], batch)
-    tail = num_slots - num_tokens
+    num_tokens, num_slots = int(ends[-1]), _whole_tiles(max(ends[-1], least_slots), batch)
+    tail, row = num_slots - num_tokens, batch.position_ids.shape[1]
+    tail_ends = [*range(num_tokens + row, num_slots, row), num_slots] if tail else []
     source = np.arange(num_tokens) + np.repeat(starts - (ends - lengths), lengths)
     is_target = np.zeros(batch.input_ids.numel(), dtype=np.float32)
     is_target[batch.label_index.numpy()] = 1.0
@@ -107,22 +160,22 @@ def _laid_out(
         for begin, (length, documents) in zip(begins, prefixes, strict=True):
             weights[begin : begin + length] = is_target[documents[:, None] + np.arange(length)].sum(0)
     label_index = np.flatnonzero(weights)
-    bounds = np.concatenate([[0], ends, [num_slots] if tail else []]).astype(np.int32)
+    bounds = np.concatenate([[0], ends, tail_ends]).astype(np.int32)
     taken, tokens = torch.from_numpy(source), batch.input_ids.flatten()
     numbers = torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
     return replace(
         batch,
         # Any token of the model's will do in the tail: nobody sees it and nothing is predicted there.
         input_ids=torch.cat([tokens[taken], tokens[:1].expand(tail)])[None],
-        position_ids=torch.cat([batch.position_ids.flatten()[taken], torch.arange(tail)])[None],
+        position_ids=torch.cat([batch.position_ids.flatten()[taken], torch.arange(tail) % row])[None],
         document_ids=torch.cat([numbers, torch.full((tail,), -1, dtype=torch.int32)])[None],
         cu_seqlens=torch.from_numpy(bounds),
         max_seqlen=int(np.diff(bounds).max()),
         label_index=torch.from_numpy(label_index),
         label_ids=tokens[taken[label_index] + 1],  # a target is its document's next token
         num_slots=num_slots,
-        num_positions=batch.position_ids.shape[1],
-        prefix_of=torch.tensor([*prefix_of, *[-1] * bool(tail)], dtype=torch.int32) if prefixes else None,
+        num_positions=row,
+        prefix_of=torch.tensor([*prefix_of, *[-1] * len(tail_ends)], dtype=torch.int32) if prefixes else None,
         label_weights=torch.from_numpy(weights[label_index]) if prefixes else None,
     )
 

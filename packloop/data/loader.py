@@ -127,7 +127,7 @@ class PackLoader:
     ) -> None:
         if not len(documents):
             raise ValueError("a loader needs at least one document; none was given")
-        self._documents = documents
+        self.documents = documents
         self._packing = packing
         self._max_length = max_length
         self._per_device_batch_size = per_device_batch_size
@@ -147,6 +147,18 @@ class PackLoader:
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_packs // self._packs_per_window)
+
+    def micro_batches(self, epoch: int) -> tuple[Packs, list[np.ndarray]]:
+        """An epoch's packs, and the numbers of those of every micro-batch, of all ranks."""
+        packs, order = self._packs_of(epoch)
+        chosen = []
+        for begin in range(0, len(order), self._packs_per_window):
+            window = order[begin : begin + self._packs_per_window]
+            for rank in range(self._world_size):
+                mine = window[rank :: self._world_size]
+                size = self._per_device_batch_size
+                chosen += [mine[first : first + size] for first in range(0, len(mine), size)]
+        return packs, chosen
 
     def state(self) -> dict[str, int]:
         """The position: `cursor` packs of epoch `epoch` have been handed out."""
@@ -168,7 +180,7 @@ class PackLoader:
         """This rank's micro-batches of one optimizer step; as many on every rank, the last ones empty if need be."""
         window = self._pack_order[self._cursor : self._cursor + self._packs_per_window]
         batches = _deal(
-            self._documents,
+            self.documents,
             self._packs,
             window,
             packing=self._packing,
@@ -184,15 +196,18 @@ class PackLoader:
         return batches
 
     def _start_epoch(self, epoch: int) -> None:
-        self._packs, self._pack_order = epoch_packs(
-            self._documents.lengths,
+        self._packs, self._pack_order = self._packs_of(epoch)
+        self._epoch, self._cursor = epoch, 0
+
+    def _packs_of(self, epoch: int) -> tuple[Packs, np.ndarray]:
+        return epoch_packs(
+            self.documents.lengths,
             self._packing,
             self._max_length,
             seed=self._seed,
             epoch=epoch,
             shuffle=self._shuffle,
         )
-        self._epoch, self._cursor = epoch, 0
 
 
 def eval_batches(

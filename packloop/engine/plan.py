@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, fields
 
@@ -12,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from packloop.config import RunConfig
-from packloop.data.layout import as_packed, share_prefixes, without_padding
+from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import Batch, PackLoader
 from packloop.engine.batch import to_device
 from packloop.engine.budget import check_budget
@@ -24,6 +25,11 @@ from packloop.kernels.operations import Operations, choose_operations
 from packloop.kernels.patch import why_not_fused, why_not_interleaved
 
 logger = logging.getLogger(__name__)
+
+# Of a longer run not all micro-batches are looked through: memory is planned for with padding.
+_MOST_EPOCHS = 16
+# Of few packs more epochs are looked through than a run has: benchmarks go on for as many steps as they are told.
+_LEAST_PACKS = 1024
 
 
 def resolve_auto(
@@ -241,7 +247,7 @@ def _plan(
         return MemoryPlan(**{**defaults, **fixed})
     plan, why = plan_memory(
         model,
-        to_device(_first_micro(loader), device),
+        to_device(largest_micro(config, loader), device),
         attention=config.kernels.attention,
         fixed=fixed,
         budget_gib=config.train.memory_budget_gib,
@@ -252,7 +258,21 @@ def _plan(
     return plan
 
 
-def _first_micro(loader: PackLoader):
+def largest_micro(config: RunConfig, loader: PackLoader) -> Batch:
+    """A micro-batch that has as many slots as any of the run may have, laid out as a settled configuration has it."""
+    micro = _first_micro(loader)
+    if config.kernels.prefix_reuse != "micro_batch":
+        return micro
+    steps, per_epoch = config.train.max_steps, loader.steps_per_epoch
+    num_epochs = math.ceil(steps / per_epoch if steps else config.train.num_train_epochs)
+    if num_epochs > _MOST_EPOCHS:
+        return micro
+    num_epochs = max(num_epochs, math.ceil(_LEAST_PACKS / loader.num_packs))
+    epochs = map(loader.micro_batches, range(num_epochs))
+    return share_prefixes(micro, least_slots=most_shared_slots(loader.documents, epochs, config.data.max_length))
+
+
+def _first_micro(loader: PackLoader) -> Batch:
     position = loader.state()
     micro = loader.next_window()[0]
     loader.load_state(position)

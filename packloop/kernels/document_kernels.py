@@ -320,14 +320,15 @@ if triton is not None:
                 queries = (tl.load(line + 3), tl.load(line + 4))
             tile = (document, first, kv_head)
             k_gradient, v_gradient = _key_part(inputs, results, tile, queries, scale, GROUP, HEAD_DIM, OWNED, STREAMED)
-            part = -1
+            is_whole = True
             if SHARES:
-                part = tl.load(line + 5)
-            if part < 0:
+                is_whole = tl.load(line + 5) < 0
+            if is_whole:
                 _store(v_gradient, dv, tables, document, first, kv_head, False, OWNED, HEAD_DIM)
                 _store(k_gradient * scale, dk, tables, document, first, kv_head, TURNS_BACK, OWNED, HEAD_DIM)
-            else:
-                inside = first + tl.arange(0, OWNED)[:, None] < document[1]
+            if SHARES:
+                part = tl.load(line + 5)
+                inside = (first + tl.arange(0, OWNED)[:, None] < document[1]) & (part >= 0)
                 pointers = _part_pointers(parts_ptr, part, num_kv_heads, kv_head, 0, OWNED, HEAD_DIM, OWNED)
                 tl.store(pointers, k_gradient, mask=inside)
                 tl.store(pointers + OWNED * HEAD_DIM, v_gradient, mask=inside)

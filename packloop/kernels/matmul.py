@@ -4,11 +4,13 @@ torch takes the algorithm that a heuristic names, which knows nothing of the pow
 into. Here every algorithm on offer that gives torch's bits is timed, once for each shape, on the operands of the first
 call, after the GPU has been kept at work for a while. The operator `packloop::mm` shows in profiles what ran.
 
-Rows within a sixteenth of a number that was timed run by the algorithm found there, if it has torch's bits there too.
+Rows within a quarter of a number that was timed run by the algorithm found there: micro-batches whose documents lie end
+to end have as many sizes as there are micro-batches.
 
-Bits are compared on those operands and nowhere else: all rows of a result below 16 MiB, of a larger one every n-th,
-which come to about 8 MiB. That other rows and later operands give torch's bits too is inferred, not checked, so under
-`torch.use_deterministic_algorithms` every product is torch's.
+Bits are compared on those operands, for the first few numbers of rows that follow a timed one on theirs, and nowhere
+else: all rows of a result below 16 MiB, of a larger one every n-th, which come to about 8 MiB. That other rows and
+later operands give torch's bits too is inferred, not checked, so under `torch.use_deterministic_algorithms` every
+product is torch's.
 
 Shapes: x [M, K], w [K, N], out [M, N], as in `cublaslt`.
 """
@@ -36,8 +38,11 @@ _LEAST_FLOPS = 5e9
 # Shapes for which an algorithm is looked for; the rest, of batches whose sizes differ, run as torch has it.
 MOST_SHAPES = 48
 # Of all shapes, those that follow a timed one counted in; each holds a few descriptors.
-_MOST_KNOWN = 1024
-_NEAR = 1 / 16
+_MOST_KNOWN = 4096
+_NEAR = 1 / 4
+# Numbers of rows that follow a timed one with torch's bits before the next are taken to have them: a comparison takes
+# as long as two products more.
+_COMPARED = 4
 # Seconds of products before the timed ones: the GPU's power limit must have set in.
 _WARM_UP_S = 0.2
 _ROUNDS, _REPEATS = 5, 2
@@ -57,12 +62,21 @@ class Choice:
     gain: float = 0.0
 
 
+@dataclass
+class Timed:
+    """What was chosen for a number of rows, and for how many others the bits were compared and were torch's."""
+
+    rows: int
+    choice: Choice
+    compared: int = 0
+
+
 _TORCH = Choice()
 # By shape, with the place in the list, which is what the operator is given.
 _choices: dict[tuple, tuple[Choice, int]] = {}
 _chosen: list[Choice] = []
 # By all of a shape but its rows: those that were timed, with what was chosen.
-_timed: dict[tuple, list[tuple[int, Choice]]] = {}
+_timed: dict[tuple, list[Timed]] = {}
 
 
 def why_not_cublaslt(device: torch.device) -> str | None:
@@ -107,37 +121,39 @@ def _choice_for(x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> tuple[Choice, int
         return known
     rows = x_MK.shape[0]
     family = (*x_key[:2], x_MK.shape[1], x_MK.stride(), *w_key, out_MN.device, out_MN.dtype, out_MN.stride())
-    near = [
-        (abs(timed - rows), choice) for timed, choice in _timed.get(family, ()) if abs(timed - rows) <= _NEAR * timed
-    ]
+    near = [timed for timed in _timed.get(family, ()) if abs(timed.rows - rows) <= _NEAR * timed.rows]
     num_timed = sum(map(len, _timed.values()))
     is_full = len(_choices) >= _MOST_KNOWN or (not near and num_timed >= MOST_SHAPES)
     if is_full or out_MN.shape != (rows, w_KN.shape[1]):
         return _TORCH, -1
     if near:
-        choice = _adapted(min(near, key=lambda found: found[0])[1], x_MK, w_KN, out_MN)
+        choice = _adapted(min(near, key=lambda timed: abs(timed.rows - rows)), x_MK, w_KN, out_MN)
     else:
         choice = _choose(x_MK, w_KN, out_MN)
-        _timed.setdefault(family, []).append((rows, choice))
+        _timed.setdefault(family, []).append(Timed(rows, choice))
     _chosen.append(choice)
     _choices[key] = choice, len(_chosen) - 1
     return _choices[key]
 
 
-def _adapted(near: Choice, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
+def _adapted(near: Timed, x_MK: Tensor, w_KN: Tensor, out_MN: Tensor) -> Choice:
     """The choice made for almost as many rows, for these: torch where it does not give torch's bits, or was made for
-    addresses that are multiples of more. Leaves the product in `out`.
+    addresses that are multiples of more. Bits that are compared leave the product in `out`.
     """
-    if near.algorithm is None or not near.product.is_aligned(x_MK, w_KN, out_MN):
+    found = near.choice
+    if found.algorithm is None or not found.product.is_aligned(x_MK, w_KN, out_MN):
         return _TORCH
     with cublaslt.on_device(x_MK.device):
         try:
             product = cublaslt.Product(x_MK, w_KN, out_MN)
         except cublaslt.CublasLtError:
             return _TORCH
-        torch.mm(x_MK, w_KN, out=out_MN)
-        is_torchs = _gives(product, near.algorithm, x_MK, w_KN, out_MN, _sampled(out_MN).clone())
-    return Choice(product, near.algorithm, near.gain) if is_torchs else _TORCH
+        if near.compared < _COMPARED:
+            torch.mm(x_MK, w_KN, out=out_MN)
+            if not _gives(product, found.algorithm, x_MK, w_KN, out_MN, _sampled(out_MN).clone()):
+                return _TORCH
+            near.compared += 1
+    return Choice(product, found.algorithm, found.gain)
 
 
 def _sampled(out_MN: Tensor) -> Tensor:

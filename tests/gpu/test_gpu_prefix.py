@@ -1,8 +1,9 @@
-"""Documents that share their beginning on a GPU, in bf16, held to whole documents by the rule of attention_oracle.py."""
+"""Documents that share their beginning, in bf16, held to whole documents by the rule of attention_oracle.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def rotation_at(positions_T: torch.Tensor, head_dim: int) -> Rotation:
 def test_outputs_and_gradients_are_those_of_whole_documents(name: str, heads, rotates: bool):
     lengths, prefix_of = CASES[name]
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    runs = [torch.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:])]
+    runs = [torch.arange(a, b) for a, b in pairwise(bounds)]
     begins = [0 if p < 0 else lengths[p] for p in prefix_of]
     rotation = rotation_at(torch.cat([torch.arange(n) + b for n, b in zip(lengths, begins)]), heads[2])
     layout = replace(layout_of(lengths), prefix_of=torch.tensor(prefix_of, dtype=torch.int32))
