@@ -105,6 +105,14 @@ def test_products_have_the_rows_of_each_micro_batch(before):
     floor.step_ms([micro_of(9, num_labels=0)])
 
 
+def test_buffers_with_room_do_not_grow(monkeypatch):
+    micros = [micro_of(20, 12, num_labels=30), micro_of(30, 17, num_labels=40)]
+    floor = Floor.of(shape_config("tiny", 300), micros, torch.float32, CPU)
+    floor.make_room(47, 40)
+    monkeypatch.setattr(floors, "_normal", None)
+    assert floor.step_ms(micros) > 0
+
+
 def test_only_document_attention_sees_a_shared_beginning(monkeypatch):
     asked = []
 

@@ -19,6 +19,7 @@ from packloop.bench import profile_run
 from packloop.bench.breakdown import StepBreakdown, unknown_kernels
 from packloop.bench.kernel_classes import CLASSES
 from packloop.bench.profile import profile_step, profile_steps, trace_step
+from packloop.bench.profile_report import ProfileResult, write_profile
 from packloop.bench.steps import Job
 from packloop.bench.synthetic import random_model, shape_config
 from packloop.cli import app
@@ -215,6 +216,11 @@ def test_the_command_writes_table_plot_and_trace(config_file, tmp_path):
     report = (output / "report.md").read_text(encoding="utf-8")
     assert "| forward " in report
     assert (output / "report.html").read_text(encoding="utf-8").count("<svg") == 1
+    once = "beginnings that documents share are computed once"
+    shared = ProfileResult.model_validate(result | {"real_tokens_per_step": result["slot_tokens_per_step"] + 1})
+    assert once not in report
+    write_profile(shared, output / "trace.json.gz", tmp_path / "shared")
+    assert once in (tmp_path / "shared" / "report.md").read_text(encoding="utf-8")
 
     again = CliRunner().invoke(app, [*arguments, "--output", str(output)])
     assert isinstance(again.exception, InputError)

@@ -23,6 +23,10 @@ from packloop.bench.synthetic import random_model
 from packloop.config import KernelsConfig, RunConfig, TrainConfig
 from packloop.data.loader import TrainingData, build_data
 from packloop.engine.budget import limit_memory
+from packloop.engine.plan import largest_micro
+
+# Targets of a micro-batch that the floor has room for, to those of the first window's.
+_SPARE = 1.1
 
 
 def run_config(arguments: argparse.Namespace) -> RunConfig:
@@ -85,6 +89,9 @@ class Packloop:
         # Before the plan, which then counts the floor's buffers as memory that is taken.
         dtype = getattr(torch, job.config.model.dtype)
         floor = Floor.of(self._shape, first, dtype, self._device) if arguments.floor else None
+        if floor is not None:
+            most_labels = max(micro.batch.label_index.numel() for micro in first)
+            floor.make_room(largest_micro(job.config, job.loader).num_slots, round(_SPARE * most_labels))
         options = job.resolve()
         paged_bytes = job.optimizer.paged_bytes
         laps, floors_ms, timed = [], [], []

@@ -116,6 +116,12 @@ class Floor:
         num_slots, num_labels = _sizes(micros[0])
         return cls(config, num_slots=num_slots, num_labels=num_labels, dtype=dtype, device=device)
 
+    def make_room(self, num_slots: int, num_labels: int) -> None:
+        """Lets the buffers grow to these sizes now, before it is planned what other memory is spent on."""
+        for name, product in self.products.items():
+            product.run(num_labels if name.startswith("head") else num_slots)
+        self._inputs(num_slots)
+
     def step_ms(self, micros: list[Micro]) -> float:
         """Wall time of all products and attention of one optimizer step of these micro-batches."""
         num_layers = self.config.num_hidden_layers
