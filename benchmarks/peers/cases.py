@@ -55,7 +55,7 @@ CASES = {
         checks=(Check(SAME_BATCH, "B"), Check(EAGER, "B", 0.97)),
     ),
     "qv-liger": Case(
-        ours=f"{_QV} --batch 6",
+        ours=f"{_QV} --batch 12",
         peers={
             "trl": f"{_QV} --batch 8 {_LIGER} --no-checkpointing",
             "unsloth": f"{_QV} --batch 8 --no-checkpointing",
@@ -73,8 +73,8 @@ CASES = {
         checks=(Check(DROPOUT, NO_DROPOUT, 1 / 1.03), Check(EVERY_PROMPT, "B"), Check("A", EVERY_PROMPT)),
     ),
     "all-linear-unsloth": Case(
-        # For a GPU of 139 GiB; some layers' inputs are rebuilt, since the peer's weights wait on it too.
-        ours=f"{_ALL} --batch 20 --recompute-layers none --cached-layers all --keep-inputs-layers 22",
+        # For a GPU of 139 GiB, on which the peer's weights wait too.
+        ours=f"{_ALL} --batch 18 --recompute-layers none --cached-layers all --keep-inputs-layers all",
         peers={
             "unsloth": f"{_ALL} --batch 16 --no-checkpointing",
             "trl": f"{_ALL} --batch 8 {_LIGER} --no-checkpointing",
@@ -82,7 +82,7 @@ CASES = {
         bound=1.2,
         or_of_floor=0.90,
         extras=(
-            (EVERY_PROMPT, "--batch 17 --prefix-reuse none"),
+            (EVERY_PROMPT, "--batch 17 --prefix-reuse none --keep-inputs-layers 22"),
             (SMALLER, "--batch 6 --floor --cached-layers auto --keep-inputs-layers auto"),
         ),
         checks=(Check(EVERY_PROMPT, "B"), Check("A", EVERY_PROMPT)),

@@ -26,9 +26,11 @@ _COPIED = ("sdpa", "cudnn")
 
 @dataclass(frozen=True)
 class Load:
-    """A micro-batch, on average: slots, those of them with a real token, labels, and the squares of lengths summed.
+    """A micro-batch, on average.
 
-    most_slots: of the largest, which decides on memory.
+    real_tokens: of its documents, more than slots where they share what they begin with. labels: rows of the head.
+    squared_lengths: twice the pairs that attention multiplies, n^2 of each document. most_slots: of the largest
+    micro-batch, which decides on memory.
     """
 
     slots: float
