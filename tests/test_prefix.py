@@ -200,7 +200,7 @@ def test_little_or_nothing_to_share_is_without_padding():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("packing", ["bfd", "none"])
-def test_losses_and_gradients_are_those_of_whole_documents(small_base, packing, fused, attention):
+def test_prefix_weights_losses_and_gradients_are_those_of_whole_documents(small_base, packing, fused, attention):
     packed = batch_of(templated(), packing)
     found, expected = [], []
     for batch, results in ((share_prefixes(packed), found), (packed, expected)):
