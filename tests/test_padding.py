@@ -83,16 +83,15 @@ def test_a_batch_without_documents_has_no_padding_to_lose():
     assert without_padding(empty) is empty
 
 
-def test_the_tail_has_no_position_that_rows_have_not():
-    documents = documents_of([10, 11, 12], [20, 21, 22], [30, 31, 32], [40, 41, 42])
-    packs, order = epoch_packs(documents.lengths, "bfd", 4, seed=0, epoch=0, shuffle=False)
-    batch = without_padding(make_batch(documents, packs, order, packing="bfd", max_length=4, pad_token_id=PAD))
-    assert (batch.num_slots, batch.num_real_tokens, batch.num_positions) == (12, 12, 4)
-    documents = documents_of([10, 11, 12], [20, 21], [30, 31, 32], [40, 41, 42])
-    packs, order = epoch_packs(documents.lengths, "bfd", 4, seed=0, epoch=0, shuffle=False)
-    batch = without_padding(make_batch(documents, packs, order, packing="bfd", max_length=4, pad_token_id=PAD))
-    assert (batch.num_slots, batch.num_real_tokens) == (12, 11)
-    assert int(batch.position_ids.max()) < 4
+def test_the_tail_has_no_position_that_rows_have_not(monkeypatch):
+    monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 16)
+    documents = documents_of([10, 11, 12, 13], *[[token] for token in range(20, 27)])
+    packs, order = epoch_packs(documents.lengths, "none", 4, seed=0, epoch=0, shuffle=False)
+    batch = without_padding(make_batch(documents, packs, order, packing="none", max_length=4, pad_token_id=PAD))
+    assert (batch.num_slots, batch.num_real_tokens, batch.num_positions) == (16, 11, 4)
+    assert batch.position_ids[0, 11:].tolist() == [0, 1, 2, 3, 0]
+    assert batch.cu_seqlens.tolist()[-3:] == [11, 15, 16]
+    assert batch.document_ids[0, 11:].tolist() == [-1] * 5
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -66,7 +67,7 @@ def test_a_beginning_lies_before_its_documents_once():
         [1, 7, 8, 9, 5, 30],
         counts=[[0, 0, 0, 1, 1, 1, 1], [0, 1], [0, 0, 1, 1, 1, 1]],
     )
-    packed = batch_of(documents, max_length=16)
+    packed = batch_of(documents)
     batch = share_prefixes(packed)
     assert batch.input_ids.tolist() == [[1, 7, 8, 9, 5, 20, 21, 5, 30, 40, 41, 1, 1, 1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 0, 1, 0, 1, 2, 3, 4]]
@@ -108,15 +109,20 @@ def test_every_document_is_there_whole(packing):
     assert len(batch.label_index.unique()) == len(batch.label_index) < packed.num_label_tokens
 
 
-def test_groups_save_the_most(monkeypatch):
+def test_groups_save_much(monkeypatch):
     def groups(*documents):
         found = layout_module._groups([np.array(document) for document in documents])
-        return [(length, members.tolist()) for length, members in found]
+        return sorted((length, members.tolist()) for length, members in found)
 
     long, short = list(range(10, 20)), list(range(10, 15))
-    # Ten tokens of two documents are more than five of three, and less than five of four.
+    # Nine tokens of one document are more than four of two, and less than four of three.
     assert groups([*long, 1], [*short, 2], [*long, 3]) == [(9, [0, 2])]
-    assert groups([*long, 1], [*short, 2], [*long, 3], [*short, 4]) == [(4, [0, 1, 2, 3])]
+    assert groups([*long, 1], [*short, 2], [*long, 3], [*short, 4], [*short, 5]) == [(4, [1, 3, 4]), (9, [0, 2])]
+    nearly = [*short, 90, 91]
+    assert groups([*nearly, 1], [*short, 2], [*nearly, 3]) == [(4, [0, 1, 2])]
+    # A template, and two documents that go on alike: each of both kinds is in the group that saves more.
+    pair, others = [[*long, *range(30, 60), n] for n in (1, 2)], [[*long, n] for n in (3, 4, 5)]
+    assert groups(*pair, *others) == [(9, [2, 3, 4]), (39, [0, 1])]
     # The same document twice still leaves each a token of its own.
     assert groups(long, long) == [(9, [0, 1])]
     assert groups(long, [1, *long]) == groups(long) == groups() == []
@@ -124,10 +130,18 @@ def test_groups_save_the_most(monkeypatch):
     assert groups(long, long) == []
 
 
+def test_groups_of_documents_each_a_token_longer_end():
+    nested = [np.arange(length + 1) for length in range(3, 700)]
+    found = layout_module._groups([np.append(document, -1) for document in nested])
+    assert sum(length * (len(members) - 1) for length, members in found) > 0
+    assert len({number for _, members in found for number in members}) == sum(len(members) for _, members in found)
+
+
 @pytest.mark.parametrize("packing", ["bfd", "none"])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_micro_batch_has_more_slots_than_memory_is_planned_for(packing, seed, monkeypatch):
-    monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 1)
+@pytest.mark.parametrize("multiple", [1, 8, 128])
+def test_no_micro_batch_has_more_slots_than_memory_is_planned_for(packing, seed, multiple, monkeypatch):
+    monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", multiple)
     documents = templated(seed, num_documents=40)
     template = Template.of(documents)
     assert template.length == 7  # of the document that is cut off after 8; the last common token stays with each
@@ -139,8 +153,10 @@ def test_no_micro_batch_has_more_slots_than_memory_is_planned_for(packing, seed,
     found = []
     while loader.state()["epoch"] < 3:
         found += [share_prefixes(micro).num_slots for one in (loader, others) for micro in one.next_window()]
-    bound = most_shared_slots(documents, map(loader.micro_batches, range(3)), 40)
-    assert max(found) <= bound < max(found) + 40  # the second template's savings, among others, are not in the bound
+    bound = most_shared_slots(template, map(loader.micro_batches, range(3)))
+    assert (
+        max(found) <= bound < max(found) + 40 + 2 * multiple
+    )  # the second template's savings, among others, are not in the bound
     micros = [len(chosen) for epoch in range(3) for chosen in loader.micro_batches(epoch)[1]]
     assert sum(micros) == 3 * loader.num_packs
 
@@ -185,6 +201,19 @@ def test_memory_is_planned_for_the_largest_micro_batch(small_base, small_rows, t
     # Of a run too long to look through, all slots of packs.
     train_config = config.train.model_copy(update={"num_train_epochs": 17})
     assert plan.largest_micro(config.model_copy(update={"train": train_config}), loader).num_slots == first.num_slots
+
+
+def test_memory_is_planned_for_a_larger_one_where_the_first_shares_nothing():
+    documents = documents_of(list(range(10, 20)), list(range(30, 50)), list(range(60, 84)))
+    packs, order = epoch_packs(documents.lengths, "bfd", 24, seed=0, epoch=0, shuffle=False)
+    smallest = order[np.argmin(packs.pack_tokens[order])]
+    first = make_batch(documents, packs, np.array([smallest]), packing="bfd", max_length=24, pad_token_id=PAD)
+    bound = most_shared_slots(Template.of(documents), [(packs, [np.array([number]) for number in order])])
+    assert bound == 24
+    planned = share_prefixes(first, least_slots=bound)
+    assert planned.num_slots == 24 > share_prefixes(first).num_slots
+    assert planned.num_real_tokens == first.num_real_tokens
+    assert planned.prefix_of is None
 
 
 def test_little_or_nothing_to_share_is_without_padding():
@@ -289,15 +318,58 @@ def test_a_run_that_shares_learns_the_same(small_base, small_rows, tmp_path, mon
             {"kernels": {"padding": "keep"}},
             "kernels.padding=keep gives every pack a row of its own; use kernels.padding",
         ),
-        ({}, "kernels.attention=sdpa knows no beginnings that documents share; use document, or kernels.prefix_reuse"),
+        ({}, "kernels.attention=sdpa knows no beginnings that documents share; use document (needs a CUDA GPU"),
     ],
 )
 def test_what_cannot_share_is_refused(small_base, small_rows, tmp_path, sections, message, monkeypatch):
     monkeypatch.setattr(plan, "FLAT", (*FLAT, "sdpa"))
     kernels = {"prefix_reuse": "micro_batch", **sections.pop("kernels", {})}
     config = small_config(small_base, small_rows, tmp_path / "run", kernels=kernels, **sections)
-    with pytest.raises(ConfigError, match=r"kernels\.prefix_reuse=micro_batch: " + message.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=r"kernels\.prefix_reuse=micro_batch: " + re.escape(message)):
         train(config)
+
+
+TEMPLATED, DIFFERENT, EQUAL = (
+    [[*range(10, 20), 100 + number, *range(200, 200 + number)] for number in range(12)],
+    [list(range(100 * number, 100 * number + 3 + number)) for number in range(12)],
+    [list(range(100 * number, 100 * number + 9)) for number in range(12)],
+)
+EVERY = ("eager", "sdpa", "cudnn", "flash_attn", "varlen", "flash_attn_4", "document")
+
+
+@pytest.mark.parametrize(
+    ("packing", "texts", "attention", "usable", "expected"),
+    [
+        ("bfd", TEMPLATED, "auto", EVERY, ("drop", "micro_batch", ("document",))),
+        ("bfd", TEMPLATED, "varlen", EVERY, ("drop", "none", FLAT)),
+        ("bfd", TEMPLATED, "auto", ("sdpa", "varlen"), ("drop", "none", FLAT)),
+        ("bfd", DIFFERENT, "auto", EVERY, ("drop", "micro_batch", FLAT)),  # document happens to be the fastest
+        ("bfd", TEMPLATED, "auto", ("eager", "sdpa"), ("keep", "none", None)),
+        ("bfd", TEMPLATED, "sdpa", EVERY, ("keep", "none", None)),
+        ("none", TEMPLATED, "auto", EVERY, ("drop", "micro_batch", ("document",))),
+        ("none", DIFFERENT, "auto", EVERY, ("drop", "micro_batch", FLAT)),
+        ("none", EQUAL, "auto", EVERY, ("keep", "none", None)),  # rows of one document each, and nothing to leave out
+        ("none", TEMPLATED, "cudnn", EVERY, ("keep", "none", None)),
+        ("wrapped", TEMPLATED, "auto", EVERY, ("keep", "none", None)),
+    ],
+)
+def test_what_auto_makes_of_a_gpus_layout(packing, texts, attention, usable, expected, monkeypatch):
+    """On a GPU that is stood in for: which attention may be taken, and how documents then lie."""
+    config = load_config("recipes/llama2-7b-dolly.yaml", [f"data.packing={packing}", f"kernels.attention={attention}"])
+    reasons = {name: None if name in usable else "is not there" for name in EVERY}
+    monkeypatch.setattr(plan, "usable_backends", lambda **_: reasons)
+    asked = []
+
+    def resolve(config, model, micro, device, among):
+        asked.append(among)
+        found = [name for name in ("document", *usable) if name in usable and (among is None or name in among)]
+        return attention if attention != "auto" else found[0]
+
+    monkeypatch.setattr(plan, "_resolve_attention", resolve)
+    loader = loader_of(documents_of(*texts), packing, max_length=60, per_device_batch_size=6)
+    found = plan._resolve_layout(config, None, loader, torch.device("cuda"))
+    assert (found["padding"], found["prefix_reuse"], *asked) == expected
+    assert loader.state()["cursor"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

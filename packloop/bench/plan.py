@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from packloop.bench.synthetic import shape_config
 from packloop.config import ModelConfig, RunConfig
-from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
+from packloop.data.layout import Template, as_packed, most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import Batch, TrainingData, build_data, make_batch
 from packloop.data.packing import Packs, epoch_packs
 from packloop.engine.budget import GIB, settle_budget
@@ -196,6 +196,7 @@ def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[
         return epoch_packs(documents.lengths, packing, max_length, seed=seed, epoch=epoch, shuffle=shuffle)
 
     packs, order = packs_of(0)
+    template = cache(lambda: Template.of(documents))
 
     def most_slots_of(batch: int) -> int | None:
         """Of the largest micro-batch that shares beginnings, as `train` looks it up."""
@@ -205,7 +206,7 @@ def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[
             return None
         epochs = map(packs_of, range(num_epochs))
         split = ((made, np.split(order, range(batch, len(order), batch))) for made, order in epochs)
-        return most_shared_slots(documents, split, max_length)
+        return most_shared_slots(template(), split)
 
     @cache
     def load_of(batch: int, arrange: Callable[[Batch], Batch]) -> Load:

@@ -43,7 +43,7 @@ def without_padding(batch: Batch) -> Batch:
     For attention that goes by `cu_seqlens` alone. The batch itself where that saves nothing.
     """
     starts, lengths = _documents(batch)
-    if not len(starts) or _whole_tiles(lengths.sum(), batch) >= batch.num_slots:
+    if not len(starts) or _whole_tiles(lengths.sum()) >= batch.num_slots:
         return batch
     return _laid_out(batch, starts, lengths)
 
@@ -52,7 +52,7 @@ def share_prefixes(batch: Batch, *, least_slots: int = 0) -> Batch:
     """`without_padding`, and what documents begin with in common lies before them, once, as a document of its own.
 
     For attention that goes by `prefix_of`, and documents that begin at position 0, as under packing `bfd` and `none`.
-    Those that begin alike are grouped so that the most tokens are saved; a document has one beginning at most, of
+    Those that begin alike are grouped so that many tokens are saved; a document has one beginning at most, of
     `LEAST_PREFIX` tokens or more. The last token that a group has in common stays with each of its documents, so that
     all targets of a beginning are the same for all of them. `without_padding(batch)` where that saves nothing to speak
     of. least_slots: filled up to so many at least.
@@ -60,8 +60,11 @@ def share_prefixes(batch: Batch, *, least_slots: int = 0) -> Batch:
     starts, lengths = _documents(batch)
     tokens = batch.input_ids.flatten().numpy()
     groups = _groups([tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)])
-    if sum(length * (len(members) - 1) for length, members in groups) < LEAST_SAVED * max(1, batch.num_real_tokens):
-        return without_padding(batch)
+    saved = sum(length * (len(members) - 1) for length, members in groups)
+    num_tokens = batch.num_real_tokens
+    if saved < LEAST_SAVED * max(1, num_tokens) or _whole_tiles(num_tokens - saved) >= batch.num_slots:
+        # Filled up even so: memory is planned for micro-batches of a run whose first shares nothing.
+        return _laid_out(batch, starts, lengths, least_slots=least_slots) if least_slots else without_padding(batch)
     run_starts, run_lengths, prefix_of = [], [], []
     for length, members in groups:
         prefix_of += [-1] + [len(prefix_of)] * len(members)
@@ -71,7 +74,7 @@ def share_prefixes(batch: Batch, *, least_slots: int = 0) -> Batch:
     prefix_of += [-1] * len(alone)
     run_starts, run_lengths = np.array([*run_starts, *starts[alone]]), np.array([*run_lengths, *lengths[alone]])
     prefixes = [(length, starts[members]) for length, members in groups]
-    return _laid_out(batch, run_starts, run_lengths, prefix_of, prefixes, least_slots)
+    return _laid_out(batch, run_starts, run_lengths, prefix_of, prefixes, least_slots=least_slots)
 
 
 @dataclass(frozen=True)
@@ -99,17 +102,20 @@ class Template:
             return cls(0, np.zeros(len(documents), dtype=bool))
         members = np.flatnonzero(has_it)
         length, shortest = firsts.shape[1], lengths[members].min()
-        while length < shortest and len(np.unique(documents.token_ids[begins[members] + length])) == 1:
+        while length < shortest:
+            column = documents.token_ids[begins[members] + length]
+            if (column != column[0]).any():
+                break
             length += 1
         return cls(length - 1, has_it)
 
 
-def most_shared_slots(documents: Documents, epochs: Iterable[tuple[Packs, list[np.ndarray]]], max_length: int) -> int:
+def most_shared_slots(template: Template, epochs: Iterable[tuple[Packs, list[np.ndarray]]]) -> int:
     """No micro-batch of these has more slots than this after `share_prefixes`.
 
-    epochs: an epoch's packs, and the numbers of the packs of each of its micro-batches.
+    template: of the documents. epochs: an epoch's packs, and the numbers of the packs of each of its micro-batches.
     """
-    template, most = Template.of(documents), 0
+    most = 0
     for packs, micro_batches in epochs:
         saves = template.has_it[packs.segment_document] & (packs.segment_start == 0)
         sums = np.concatenate([[0], np.cumsum(saves)])
@@ -118,8 +124,7 @@ def most_shared_slots(documents: Documents, epochs: Iterable[tuple[Packs, list[n
             num_tokens = int(tokens[chosen].sum())
             saved = template.length * max(0, int(num_saving[chosen].sum()) - 1)
             most = max(most, num_tokens - saved if saved >= LEAST_SAVED * num_tokens else num_tokens)
-    multiple = min(SLOT_MULTIPLE, max_length)
-    return -(-most // multiple) * multiple
+    return _whole_tiles(most)
 
 
 def _documents(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -130,9 +135,8 @@ def _documents(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     return starts[is_real], lengths[is_real]
 
 
-def _whole_tiles(num_tokens: int, batch: Batch) -> int:
-    multiple = min(SLOT_MULTIPLE, batch.position_ids.shape[1])  # so that the tail's positions are some that rows have
-    return -(-int(num_tokens) // multiple) * multiple
+def _whole_tiles(num_tokens: int) -> int:
+    return -(-int(num_tokens) // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
 def _laid_out(
@@ -141,6 +145,7 @@ def _laid_out(
     lengths: np.ndarray,
     prefix_of: list[int] | None = None,
     prefixes: list[tuple[int, np.ndarray]] = (),
+    *,
     least_slots: int = 0,
 ) -> Batch:
     """One row of the runs of tokens at `starts`, filled up with a tail.
@@ -148,7 +153,7 @@ def _laid_out(
     prefixes: length of each beginning and where its documents start; their runs come in this order, the first at 0.
     """
     ends = np.cumsum(lengths)
-    num_tokens, num_slots = int(ends[-1]), _whole_tiles(max(ends[-1], least_slots), batch)
+    num_tokens, num_slots = int(ends[-1]), _whole_tiles(max(ends[-1], least_slots))
     tail, row = num_slots - num_tokens, batch.position_ids.shape[1]
     tail_ends = [*range(num_tokens + row, num_slots, row), num_slots] if tail else []
     source = np.arange(num_tokens) + np.repeat(starts - (ends - lengths), lengths)
@@ -184,27 +189,38 @@ def _groups(documents: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
     """(length of the beginning, the numbers of two documents or more that share it), no document in two of them."""
     # Sorted, documents lie beside those with which they have the most in common.
     order = sorted(range(len(documents)), key=lambda number: documents[number][:_SORTED_BY].tobytes())
-    shared = [_num_common(documents[a], documents[b]) - 1 for a, b in pairwise(order)]
-    _, groups = _best_groups(np.array(shared, dtype=np.int64), 0)
-    return [(length, np.sort(np.array(order)[first:last])) for length, first, last in groups]
+    shared = [min(_num_common(documents[a], documents[b]) - 1, _SORTED_BY) for a, b in pairwise(order)]
+    groups, _ = _grouped(np.array(shared, dtype=np.int64), 0)
+    return [(length, np.sort(np.array(order)[members])) for length, members in groups]
 
 
-def _best_groups(shared: np.ndarray, first: int) -> tuple[int, list[tuple[int, int, int]]]:
-    """(tokens saved, groups as (length, first, last + 1)) of consecutive documents numbered from `first` on.
+def _grouped(shared: np.ndarray, first: int) -> tuple[list[tuple[int, list[int]]], list[int]]:
+    """(groups as (length, documents), documents in none) of consecutive documents numbered from `first` on.
 
-    shared: what each has in common with the next. All of them form one group, or those do that are between the places
-    where the least is shared.
+    shared: what each has in common with the next. Where the least is shared, the documents between are grouped first;
+    those that are left over, and of the groups those that save more so, then form a group of that length.
     """
+    num_documents = len(shared) + 1
     if not len(shared) or shared.max() < LEAST_PREFIX:
-        return 0, []
-    least, last = int(shared.min()), first + len(shared) + 1
+        return [], list(range(first, first + num_documents))
+    least = int(shared.min())
     cuts = np.flatnonzero(shared == least)
-    pieces = zip([0, *(cuts + 1)], [*cuts, len(shared)])
-    parts = [_best_groups(shared[begin:end], first + begin) for begin, end in pieces]
-    saved = sum(part[0] for part in parts)
-    if least >= LEAST_PREFIX and least * len(shared) >= saved:
-        return least * len(shared), [(least, first, last)]
-    return saved, [group for part in parts for group in part[1]]
+    groups, alone = [], []
+    for begin, end in zip([0, *(cuts + 1)], [*cuts, len(shared)], strict=True):
+        of_part, left_over = _grouped(shared[begin:end], first + begin)
+        groups += of_part
+        alone += left_over
+    if least < LEAST_PREFIX:
+        return groups, alone
+    kept, joined = [], list(alone)
+    for length, members in groups:
+        if least * len(members) > length * (len(members) - 1):
+            joined += members
+        else:
+            kept.append((length, members))
+    candidates = [(groups, alone), (kept, joined)]
+    candidates = [(made, left) if len(left) < 2 else ([*made, (least, left)], []) for made, left in candidates]
+    return max(candidates, key=lambda found: sum(length * (len(members) - 1) for length, members in found[0]))
 
 
 def _num_common(one: np.ndarray, other: np.ndarray) -> int:

@@ -13,14 +13,22 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from packloop.config import RunConfig
-from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
+from packloop.data.layout import Template, as_packed, most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import Batch, PackLoader
 from packloop.engine.batch import to_device
 from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.errors import ConfigError
-from packloop.kernels.attention import FLAT, SHARING, DocumentLayout, choose_backend, load_backend, prepare_layout
+from packloop.kernels.attention import (
+    FLAT,
+    SHARING,
+    DocumentLayout,
+    choose_backend,
+    load_backend,
+    prepare_layout,
+    usable_backends,
+)
 from packloop.kernels.operations import Operations, choose_operations
 from packloop.kernels.patch import why_not_fused, why_not_interleaved
 
@@ -30,6 +38,8 @@ logger = logging.getLogger(__name__)
 _MOST_EPOCHS = 16
 # Of few packs more epochs are looked through than a run has: benchmarks go on for as many steps as they are told.
 _LEAST_PACKS = 1024
+# Share of the slots for whose sake `auto` takes an attention that is not the fastest.
+_WORTH_ANOTHER = 0.05
 
 
 def resolve_auto(
@@ -148,21 +158,33 @@ def _resolve_memory(
 
 def _resolve_layout(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> dict[str, str]:
     """kernels.attention, padding and prefix_reuse: documents lie end to end where the attention that is taken can."""
-    kernels = config.kernels
+    kernels, micro = config.kernels, _first_micro(loader)
     if reason := why_not_shared(config):
         raise ConfigError(f"kernels.prefix_reuse=micro_batch: {reason}")
+    is_asked = kernels.prefix_reuse == "micro_batch" or kernels.padding == "drop"
     drops = may_drop_padding(config, on_gpu=device.type == "cuda")
-    attention = _resolve_attention(config, model, loader, device, drops=drops)
-    if drops and attention not in FLAT:
-        if kernels.padding == "drop":
-            raise ConfigError(needs_rows(attention))
-        drops, attention = False, _resolve_attention(config, model, loader, device, drops=False)
-    shares = drops and attention in SHARING and kernels.prefix_reuse != "none" and config.data.packing != "wrapped"
+    shares = drops and kernels.prefix_reuse != "none" and config.data.packing != "wrapped"
+    dropped, shared = without_padding(micro), share_prefixes(micro)
+    reasons = usable_backends(is_packed=True, dtype=getattr(torch, config.model.dtype), device=device)
+    usable = [name for name, reason in reasons.items() if reason is None and kernels.attention in ("auto", name)]
+    if drops and not is_asked:
+        # Where little is left out of rows of one document each, they may suit a faster attention.
+        leaves_out = config.data.packing == "bfd" or _saves(shared if shares else dropped, micro)
+        drops = leaves_out and any(name in FLAT for name in usable)
+    among = FLAT if drops else None
+    # Attention is the smaller part of a step: who leaves out slots need not be the fastest.
+    if drops and shares and (kernels.prefix_reuse == "micro_batch" or _saves(shared, dropped)):
+        among = SHARING if any(name in SHARING for name in usable) else FLAT
+    attention = _resolve_attention(config, model, dropped if drops else micro, device, among)
+    shares = drops and shares and attention in SHARING
     if kernels.prefix_reuse == "micro_batch" and not shares:
+        reason = next((f" ({reasons[name]})" for name in SHARING if reasons.get(name)), "")
         raise ConfigError(
             f"kernels.prefix_reuse=micro_batch: kernels.attention={attention} knows no beginnings that documents "
-            f"share; use {', '.join(SHARING)}, or kernels.prefix_reuse=none"
+            f"share; use {', '.join(SHARING)}{reason}, or kernels.prefix_reuse=none"
         )
+    if drops and attention not in FLAT:
+        raise ConfigError(needs_rows(attention))
     return {
         "attention": attention,
         "padding": "drop" if drops else "keep",
@@ -188,14 +210,17 @@ def may_drop_padding(config: RunConfig, *, on_gpu: bool) -> bool:
     return config.kernels.padding == "auto" and on_gpu and config.data.packing != "wrapped"
 
 
+def _saves(arranged: Batch, batch: Batch) -> bool:
+    """Whether an arrangement of the same documents leaves out slots worth another attention."""
+    return arranged.num_slots <= (1 - _WORTH_ANOTHER) * batch.num_slots
+
+
 def _resolve_attention(
-    config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device, *, drops: bool
+    config: RunConfig, model: nn.Module, micro: Batch, device: torch.device, among: tuple[str, ...] | None
 ) -> str:
-    micro = _first_micro(loader)
-    layout = to_device(without_padding(micro) if drops else micro, device)[2]
+    layout = to_device(micro, device)[2]
     architecture = model.config
     head_dim = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
-    flat = SHARING if config.kernels.prefix_reuse == "micro_batch" else FLAT
     try:
         name, why = choose_backend(
             config.kernels.attention,
@@ -205,7 +230,7 @@ def _resolve_attention(
             device=device,
             heads=(architecture.num_attention_heads, architecture.num_key_value_heads, head_dim),
             layout=layout,
-            among=flat if drops else None,
+            among=among,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -267,7 +292,7 @@ def largest_micro(config: RunConfig, loader: PackLoader) -> Batch:
     if num_epochs is None:
         return micro
     epochs = map(loader.micro_batches, range(num_epochs))
-    return share_prefixes(micro, least_slots=most_shared_slots(loader.documents, epochs, config.data.max_length))
+    return share_prefixes(micro, least_slots=most_shared_slots(Template.of(loader.documents), epochs))
 
 
 def epochs_looked_through(config: RunConfig, num_packs: int, steps_per_epoch: int) -> int | None:

@@ -79,6 +79,7 @@ _HEAD_DIMS = (16, 32, 64, 128)
 _POINTWISE = Tiles(owned=32, streamed=32, num_warps=4, num_stages=1)
 # Rows of one program for a key tile that the documents of a group share: enough programs, and not many parts to sum.
 _ROWS_PER_PART = 512
+_MOST_PARTS = 128  # each holds dk and dv of a tile and of all key heads in fp32: 2 MiB of Llama-2-7B
 _SUMMED_ROWS = 8
 
 
@@ -104,12 +105,11 @@ def plan_queries(cu_seqlens_cpu: Tensor, block: int, prefix_of: Tensor) -> Tenso
 
     prefix_of: int32 [documents] on the CPU, as a layout has it; where it is -1 the length is 0.
     """
-    plan, bounds, shared = plan_documents(cu_seqlens_cpu, block), cu_seqlens_cpu.long(), prefix_of.long()
+    plan, bounds = plan_documents(cu_seqlens_cpu, block).numpy(), cu_seqlens_cpu.numpy()
     # Empty documents have no tile, so that a first slot says which document it is: the last that begins there.
-    prefix = shared[torch.searchsorted(bounds, plan[:, 0].long(), right=True) - 1]
-    length = torch.where(prefix >= 0, bounds.diff()[prefix], 0)
-    start = torch.where(prefix >= 0, bounds[prefix], 0)
-    return torch.cat([plan, torch.stack((start, length), 1).int()], 1)
+    prefix = prefix_of.numpy()[np.searchsorted(bounds, plan[:, 0], side="right") - 1]
+    start, length = (np.where(prefix >= 0, values[prefix], 0) for values in (bounds, np.diff(bounds)))
+    return torch.from_numpy(np.column_stack((plan, start, length)).astype(np.int32))
 
 
 def plan_keys(cu_seqlens_cpu: Tensor, block: int, prefix_of: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,21 +117,26 @@ def plan_keys(cu_seqlens_cpu: Tensor, block: int, prefix_of: Tensor) -> tuple[Te
 
     int32 [tiles, 6]: (first slot, end slot, tile number, first and end of the rows that see it, part or -1). Rows count
     from the first slot. A beginning's tile comes once for every `_ROWS_PER_PART` rows of it and of its documents, which
-    follow it in the slots, each time with another part; ValueError where they do not follow it.
+    follow it in the slots, each time with another part, or for as many more rows as keep the parts to about
+    `_MOST_PARTS`. ValueError where the documents do not follow it.
     int32 [tiles of beginnings, 5]: (first slot, end slot, tile number, first part, end of its parts).
     """
     plan, bounds = plan_documents(cu_seqlens_cpu, block), cu_seqlens_cpu.numpy().astype(np.int64)
     shared = prefix_of.numpy()
-    lines, sums, part = [], [], 0
+    lines, sums, part, beginnings = [], [], 0, []
     for prefix in np.unique(shared[shared >= 0]):
         members = np.flatnonzero(shared == prefix)
         if (members != prefix + 1 + np.arange(len(members))).any():
             raise ValueError(f"documents {members.tolist()} begin with document {prefix} and must follow it")
         start, end, num_rows = bounds[prefix], bounds[prefix + 1], bounds[members[-1] + 1] - bounds[prefix]
-        for tile in range(-(-(end - start) // block)):
-            first_rows = range(tile * block, num_rows, _ROWS_PER_PART)
+        beginnings.append((start, end, num_rows, -(-(end - start) // block)))
+    met = sum(num_rows * num_tiles for _, _, num_rows, num_tiles in beginnings)
+    rows_per_part = max(_ROWS_PER_PART, -(-met // _MOST_PARTS))
+    for start, end, num_rows, num_tiles in beginnings:
+        for tile in range(num_tiles):
+            first_rows = range(tile * block, num_rows, rows_per_part)
             for number, row in enumerate(first_rows):
-                lines.append((start, end, tile, row, min(row + _ROWS_PER_PART, num_rows), part + number))
+                lines.append((start, end, tile, row, min(row + rows_per_part, num_rows), part + number))
             sums.append((start, end, tile, part, part + len(first_rows)))
             part += len(first_rows)
     own = plan.numpy()[~np.isin(plan.numpy()[:, 0], bounds[np.unique(shared[shared >= 0])])]

@@ -46,13 +46,14 @@ if triton is not None:
         """(cos, sin) [ROWS, HALF] of the rows from `first` on, with the tables' scaling, which is their cos(0)."""
         pairs = tl.arange(0, HALF)[None, :]
         local = tl.arange(0, ROWS)[:, None]
-        inside = first + local < document[1]  # so no row past the tables' end is read
+        inside = first + local < document[1]  # so that no row past the tables' end is read, here and for the base
         cos_local = tl.load(tables[0] + local * HALF + pairs, mask=inside, other=0.0, eviction_policy="evict_last")
         sin_local = tl.load(tables[1] + local * HALF + pairs, mask=inside, other=0.0, eviction_policy="evict_last")
         base = (document[2] + first) * HALF + pairs
+        exists = (first < document[1]) & (pairs >= 0)
         unscaled = 1.0 / tl.load(tables[0])
-        cos_base = tl.load(tables[0] + base) * unscaled
-        sin_base = tl.load(tables[1] + base) * unscaled
+        cos_base = tl.load(tables[0] + base, mask=exists, other=0.0) * unscaled
+        sin_base = tl.load(tables[1] + base, mask=exists, other=0.0) * unscaled
         return cos_base * cos_local - sin_base * sin_local, sin_base * cos_local + cos_base * sin_local
 
     @triton.jit
