@@ -194,14 +194,15 @@ class KernelsConfig(Section):
     padding: Literal["auto", "drop", "keep"] = Field(
         "auto",
         description="Whether the padding of a micro-batch's packs goes through the model (keep), or its documents lie "
-        "end to end (drop; attention document, flash_attn, varlen or flash_attn_4). auto: drop on a GPU, under "
-        "packing bfd and none.",
+        "end to end (drop; attention document, flash_attn, varlen or flash_attn_4). auto: drop on a GPU where "
+        "packing is bfd, or none and a twentieth of the slots is left out, unless attention needs rows.",
     )
     prefix_reuse: Literal["auto", "micro_batch", "none"] = Field(
         "auto",
         description="Whether what documents of a micro-batch begin with in common, as a template's text, goes through "
         "the model once for all of them (packing bfd or none, attention document, no padding kept). Dropout gives "
-        "them the same masks there. auto: micro_batch where it can.",
+        "them the same masks there. auto: micro_batch where padding is dropped and attention is document, which auto "
+        "takes for its sake where that leaves out a twentieth of the slots.",
     )
     token_reuse: Literal["auto", "first_layer", "none"] = Field(
         "auto",
