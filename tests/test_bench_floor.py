@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from packloop.bench import floor as floors
+from packloop.bench import profile_floor
 from packloop.bench.cell import _floor, load_subject
 from packloop.bench.floor import Floor
 from packloop.bench.probe import probe
@@ -147,3 +148,19 @@ def test_a_cells_floor_has_the_dtype_of_its_configuration(tmp_path, dtype):
         assert _floor(taken, subject).ms > 0
     expected = getattr(torch, dtype)
     assert precisions.seen == {"products": {expected}, "attention": {expected}}
+
+
+@pytest.mark.parametrize(
+    ("prefix_of", "expected"), [(None, ["document", "varlen"]), (torch.tensor([-1, 0]), ["document"])]
+)
+def test_attention_that_sees_no_shared_beginning_is_no_floor(monkeypatch, prefix_of, expected):
+    monkeypatch.setattr(profile_floor, "usable_backends", lambda **_: dict.fromkeys(("eager", "varlen", "document")))
+    times = {"varlen": (2.0, 3.0, 0.5), "document": (1.0, 2.0, 0.0)}
+    monkeypatch.setattr(profile_floor, "_time_backend", lambda name, *_: times[name])
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    ids = torch.arange(2, dtype=torch.int32).repeat_interleave(bounds.diff().long())[None]
+    layout = DocumentLayout(ids, bounds, 5, True, bounds, prefix_of=prefix_of)
+    found = profile_floor.measure_attention(
+        None, [layout], num_steps=1, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
+    assert [one.name for one in found] == expected

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from packloop.bench import profile as profiling
-from packloop.bench import profile_floor
 from packloop.bench.breakdown import StepBreakdown, average_parts, unknown_kernels
 from packloop.bench.cell import _of_plain_step
 from packloop.bench.kernel_classes import CLASSES, is_gemm, likely_class
@@ -19,7 +18,6 @@ from packloop.bench.results import Ceilings, Profile
 from packloop.bench.steps import Lap
 from packloop.bench.trace import Work, exclusive_ms, read_trace, trace_of
 from packloop.errors import InputError
-from packloop.kernels.attention import DocumentLayout
 
 KERNELS = {
     "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNN": "base GEMM",
@@ -438,19 +436,3 @@ def test_a_cells_profile_is_of_the_timed_steps():
     found = found.model_copy(update={"device": "cpu"})
     assert _of_plain_step(found, 40.0) == found.model_copy(update={"step_ms": 40.0, "idle_share": 0.6})
     assert _of_plain_step(found, 10.0) == found.model_copy(update={"step_ms": 16.0, "idle_share": 0.0})
-
-
-@pytest.mark.parametrize(
-    ("prefix_of", "expected"), [(None, ["document", "varlen"]), (torch.tensor([-1, 0]), ["document"])]
-)
-def test_attention_that_sees_no_shared_beginning_is_no_floor(monkeypatch, prefix_of, expected):
-    monkeypatch.setattr(profile_floor, "usable_backends", lambda **_: dict.fromkeys(("eager", "varlen", "document")))
-    times = {"varlen": (2.0, 3.0, 0.5), "document": (1.0, 2.0, 0.0)}
-    monkeypatch.setattr(profile_floor, "_time_backend", lambda name, *_: times[name])
-    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
-    ids = torch.arange(2, dtype=torch.int32).repeat_interleave(bounds.diff().long())[None]
-    layout = DocumentLayout(ids, bounds, 5, True, bounds, prefix_of=prefix_of)
-    found = profile_floor.measure_attention(
-        None, [layout], num_steps=1, dtype=torch.bfloat16, device=torch.device("cpu")
-    )
-    assert [one.name for one in found] == expected
