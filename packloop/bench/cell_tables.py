@@ -68,8 +68,8 @@ def shared_words(cells: list[Cell]) -> list[str]:
         if share > 0:
             lines.append(
                 f"{label_of(cell)}: at least {share:.1%} of its real tokens repeat a beginning that documents of a "
-                "micro-batch share, which is computed once; its utilisation by model FLOPs counts it in each of them, by "
-                "hardware FLOPs once, and its floor is of the slots computed"
+                "micro-batch share, which is computed once; its utilisation by model FLOPs counts it in each of them, "
+                "by hardware FLOPs once, and its floor is of the slots computed"
             )
     return lines
 
