@@ -184,3 +184,21 @@ def test_row23_a_model_without_its_attention_is_refused():
         patched(torch.nn.Linear(2, 2), attention="sdpa"),
     ):
         pass
+
+
+@pytest.mark.parametrize(("rope", "num_tables"), [("default", 2), ("linear", 2), ("dynamic", 4)])
+def test_rows_of_many_lengths_share_tables_where_an_angle_is_its_positions(rope, num_tables):
+    llama = make_llama(rope_parameters={"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0}).eval()
+    layers = FusedLayers(llama.model, load_backend("sdpa"), ["all"] * 2, 0)
+    for length in (9, 17, 120, 130):
+        ids = torch.arange(3, 3 + length)[None]
+        bounds = torch.tensor([0, length], dtype=torch.int32)
+        layout = DocumentLayout(torch.zeros_like(ids, dtype=torch.int32), bounds, length, is_packed=False)
+        positions = torch.arange(length)[None]
+        rotation = layers.batch(llama.model, positions, layout).rotation
+        expected_cos, expected_sin = (
+            table[0, :, : rotation.cos_PD.shape[1]] for table in rope_tables(llama.model, positions)
+        )
+        assert torch.equal(rotation.cos_PD[:length], expected_cos)
+        assert torch.equal(rotation.sin_PD[:length], expected_sin)
+    assert len(layers._tables) == num_tables

@@ -40,6 +40,8 @@ _EXPECTED_PARAMETERS = {
     LlamaModel: {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"},
     LlamaAttention: {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"},
 }
+# Kinds of RoPE whose angles at one position depend on the longest.
+_BY_LONGEST_POSITION = ("dynamic", "longrope")
 _GROUP_MEMBERS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -253,7 +255,12 @@ class FusedLayers:
         return Batch(layout, Rotation(cos_PD, sin_PD, position_ids_BL.flatten()), dropout, distinct)
 
     def _rope_tables(self, llama_model: LlamaModel, num_positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [P, D/2] for positions 0 to P - 1, made once for each P."""
+        """cos and sin [P, D/2] for positions 0 to P - 1, made once for each P, which is a multiple of 128.
+
+        Batches of one document a row have as many lengths as there are batches. Not where the angles depend on P.
+        """
+        if llama_model.rotary_emb.rope_type not in _BY_LONGEST_POSITION:
+            num_positions = -(-num_positions // 128) * 128
         if num_positions not in self._tables:
             positions = torch.arange(num_positions, device=llama_model.norm.weight.device)[None]
             half = slice(None, llama_model.layers[0].self_attn.head_dim // 2)
