@@ -180,4 +180,8 @@ def test_stats_and_preview_of_real_rows(shared_data, llama2_tokenizer):
     assert "800 rows 800 documents 180,396 tokens" in text
     # 180,396 tokens need 177 packs of 1,024 at least; so few rows leave one more.
     assert "178 packs 98.97% full" in text
+    shared = "35 tokens in common begin 800 documents; computed once a micro-batch on a GPU, 15.5% at most left out"
+    assert shared in text
+    config = config.model_copy(update={"packing": "wrapped"})
+    assert "in common" not in shown(render_stats(build_data(config, llama2_tokenizer, seed=0), config, seed=0))
     assert "### Instruction:" in shown(render_preview(data, config, llama2_tokenizer, seed=0))

@@ -10,7 +10,7 @@ from packloop.bench import plan as plans
 from packloop.bench.flops import work_of
 from packloop.bench.plan import attended_squares, attentions, load_from, loads, plan
 from packloop.config import load_config
-from packloop.data import layout
+from packloop.data import layout, prefix
 from packloop.data.layout import as_packed, share_prefixes, without_padding
 from packloop.data.loader import PackLoader, build_data
 from packloop.engine.model import load_tokenizer
@@ -23,7 +23,7 @@ RECIPE = "recipes/llama2-7b-dolly.yaml"
 @pytest.fixture(autouse=True)
 def _few_slots(monkeypatch):
     monkeypatch.setattr(layout, "SLOT_MULTIPLE", 8)
-    monkeypatch.setattr(layout, "LEAST_PREFIX", 4)
+    monkeypatch.setattr(prefix, "LEAST_PREFIX", 4)
 
 
 @pytest.fixture(params=["bfd", "none"])

@@ -15,9 +15,11 @@ from test_engine_packed import hidden_and_gradient, load_model
 
 from packloop.config import load_config
 from packloop.data import layout as layout_module
-from packloop.data.layout import Template, most_shared_slots, share_prefixes, without_padding
+from packloop.data import prefix
+from packloop.data.layout import most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import build_data, make_batch
 from packloop.data.packing import epoch_packs
+from packloop.data.prefix import CommonPrefix
 from packloop.data.tokenize import Documents
 from packloop.engine import plan
 from packloop.engine.batch import Micro
@@ -35,7 +37,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 8)
-    monkeypatch.setattr(layout_module, "LEAST_PREFIX", 3)
+    monkeypatch.setattr(prefix, "LEAST_PREFIX", 3)
 
 
 def batch_of(documents: Documents, packing: str = "bfd", max_length: int = 24):
@@ -99,8 +101,8 @@ def test_every_document_is_there_whole(packing):
     for number, run in enumerate(runs):
         if number in is_beginning or int(batch.document_ids[0, run[0]]) < 0:
             continue
-        prefix = int(batch.prefix_of[number])
-        slots = [*(runs[prefix] if prefix >= 0 else []), *run]
+        before = int(batch.prefix_of[number])
+        slots = [*(runs[before] if before >= 0 else []), *run]
         assert batch.position_ids[0, slots].tolist() == list(range(len(slots)))
         found.append([tokens[slot] for slot in slots])
         assert all(labels[slot] == tokens[after] for slot, after in pairwise(slots) if slot in labels)
@@ -111,7 +113,7 @@ def test_every_document_is_there_whole(packing):
 
 def test_groups_save_much(monkeypatch):
     def groups(*documents):
-        found = layout_module._groups([np.array(document) for document in documents])
+        found = prefix.group_by_prefix([np.array(document) for document in documents])
         return sorted((length, members.tolist()) for length, members in found)
 
     long, short = list(range(10, 20)), list(range(10, 15))
@@ -126,13 +128,13 @@ def test_groups_save_much(monkeypatch):
     # The same document twice still leaves each a token of its own.
     assert groups(long, long) == [(9, [0, 1])]
     assert groups(long, [1, *long]) == groups(long) == groups() == []
-    monkeypatch.setattr(layout_module, "LEAST_PREFIX", 10)
+    monkeypatch.setattr(prefix, "LEAST_PREFIX", 10)
     assert groups(long, long) == []
 
 
 def test_groups_of_documents_each_a_token_longer_end():
     nested = [np.arange(length + 1) for length in range(3, 700)]
-    found = layout_module._groups([np.append(document, -1) for document in nested])
+    found = prefix.group_by_prefix([np.append(document, -1) for document in nested])
     assert sum(length * (len(members) - 1) for length, members in found) > 0
     assert len({number for _, members in found for number in members}) == sum(len(members) for _, members in found)
 
@@ -143,17 +145,17 @@ def test_groups_of_documents_each_a_token_longer_end():
 def test_no_micro_batch_has_more_slots_than_memory_is_planned_for(packing, seed, multiple, monkeypatch):
     monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", multiple)
     documents = templated(seed, num_documents=40)
-    template = Template.of(documents)
-    assert template.length == 7  # of the document that is cut off after 8; the last common token stays with each
+    common = CommonPrefix.of(documents)
+    assert common.length == 7  # of the document that is cut off after 8; the last common token stays with each
     begins = documents.token_ids[documents.offsets[0] : documents.offsets[0] + 8]
     wholes = [documents.token_ids[a:b] for a, b in pairwise(documents.offsets)]
-    assert template.has_it.tolist() == [np.array_equal(tokens[:8], begins) for tokens in wholes]
+    assert common.has_it.tolist() == [np.array_equal(tokens[:8], begins) for tokens in wholes]
     loader = loader_of(documents, packing, max_length=40, per_device_batch_size=3, world_size=2)
     others = loader_of(documents, packing, max_length=40, per_device_batch_size=3, world_size=2, rank=1)
     found = []
     while loader.state()["epoch"] < 3:
         found += [share_prefixes(micro).num_slots for one in (loader, others) for micro in one.next_window()]
-    bound = most_shared_slots(template, map(loader.micro_batches, range(3)))
+    bound = most_shared_slots(common, map(loader.micro_batches, range(3)))
     assert (
         max(found) <= bound < max(found) + 40 + 2 * multiple
     )  # the second template's savings, among others, are not in the bound
@@ -163,8 +165,8 @@ def test_no_micro_batch_has_more_slots_than_memory_is_planned_for(packing, seed,
 
 def test_a_data_set_without_a_template_has_none():
     documents = documents_of([1, 2, 3, 4, 5], [6, 7, 8, 9], [1, 2])
-    template = Template.of(documents)
-    assert (template.length, template.has_it.tolist()) == (0, [False] * 3)
+    common = CommonPrefix.of(documents)
+    assert (common.length, common.has_it.tolist()) == (0, [False] * 3)
 
 
 def test_filling_up_adds_no_position_that_rows_have_not():
@@ -208,7 +210,7 @@ def test_memory_is_planned_for_a_larger_one_where_the_first_shares_nothing():
     packs, order = epoch_packs(documents.lengths, "bfd", 24, seed=0, epoch=0, shuffle=False)
     smallest = order[np.argmin(packs.pack_tokens[order])]
     first = make_batch(documents, packs, np.array([smallest]), packing="bfd", max_length=24, pad_token_id=PAD)
-    bound = most_shared_slots(Template.of(documents), [(packs, [np.array([number]) for number in order])])
+    bound = most_shared_slots(CommonPrefix.of(documents), [(packs, [np.array([number]) for number in order])])
     assert bound == 24
     planned = share_prefixes(first, least_slots=bound)
     assert planned.num_slots == 24 > share_prefixes(first).num_slots

@@ -12,6 +12,7 @@ from test_engine_packed import load_model
 from test_prefix import batch_of, templated
 
 from packloop.data import layout as layout_module
+from packloop.data import prefix
 from packloop.data.layout import share_prefixes
 from packloop.engine.batch import Micro
 from packloop.engine.optim import FlatParameters
@@ -30,7 +31,7 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize("options", [{"recompute_layers": 1, "keep_inputs_layers": 1}], ids=str)
 def test_losses_and_gradients_are_those_of_whole_documents(small_base, options, monkeypatch):
     monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 8)
-    monkeypatch.setattr(layout_module, "LEAST_PREFIX", 3)
+    monkeypatch.setattr(prefix, "LEAST_PREFIX", 3)
     packed = batch_of(templated(num_documents=3))
     shared = share_prefixes(packed)
     assert shared.num_slots < packed.num_real_tokens

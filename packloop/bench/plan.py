@@ -14,9 +14,10 @@ from transformers import AutoConfig, LlamaConfig
 
 from packloop.bench.synthetic import shape_config
 from packloop.config import ModelConfig, RunConfig
-from packloop.data.layout import Template, as_packed, most_shared_slots, share_prefixes, without_padding
+from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import Batch, TrainingData, build_data, make_batch
 from packloop.data.packing import Packs, epoch_packs
+from packloop.data.prefix import CommonPrefix
 from packloop.engine.budget import GIB, settle_budget
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer, resolve_name
@@ -196,7 +197,7 @@ def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[
         return epoch_packs(documents.lengths, packing, max_length, seed=seed, epoch=epoch, shuffle=shuffle)
 
     packs, order = packs_of(0)
-    template = cache(lambda: Template.of(documents))
+    common_prefix = cache(lambda: CommonPrefix.of(documents))
 
     def most_slots_of(batch: int) -> int | None:
         """Of the largest micro-batch that shares beginnings, as `train` looks it up."""
@@ -206,7 +207,7 @@ def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[
             return None
         epochs = map(packs_of, range(num_epochs))
         split = ((made, np.split(order, range(batch, len(order), batch))) for made, order in epochs)
-        return most_shared_slots(template(), split)
+        return most_shared_slots(common_prefix(), split)
 
     @cache
     def load_of(batch: int, arrange: Callable[[Batch], Batch]) -> Load:

@@ -10,26 +10,17 @@ Shape suffixes: T slots, D documents (beginnings and a tail of filling included)
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from packloop.data.loader import Batch
 from packloop.data.packing import Packs
-from packloop.data.tokenize import Documents
+from packloop.data.prefix import LEAST_SAVED, CommonPrefix, group_by_prefix
 
 # Slots, where their number is free, are filled up to a multiple of this: whole tiles of a matrix product.
 SLOT_MULTIPLE = 128
-# A beginning of fewer tokens is not worth the work of its own that its keys make for attention's backward pass.
-LEAST_PREFIX = 16
-# Share of the tokens that must be saved at least.
-LEAST_SAVED = 0.01
-
-
-# Documents are sorted by this many of their tokens, to find those that begin alike.
-_SORTED_BY = 512
 
 
 def as_packed(batch: Batch) -> Batch:
@@ -52,14 +43,14 @@ def share_prefixes(batch: Batch, *, least_slots: int = 0) -> Batch:
     """`without_padding`, and what documents begin with in common lies before them, once, as a document of its own.
 
     For attention that goes by `prefix_of`, and documents that begin at position 0, as under packing `bfd` and `none`.
-    Those that begin alike are grouped so that many tokens are saved; a document has one beginning at most, of
-    `LEAST_PREFIX` tokens or more. The last token that a group has in common stays with each of its documents, so that
-    all targets of a beginning are the same for all of them. `without_padding(batch)` where that saves nothing to speak
-    of. least_slots: filled up to so many at least.
+    Those that begin alike are grouped so that many tokens are saved; a document has one beginning at most. The last
+    token that a group has in common stays with each of its documents, so that all targets of a beginning are the same
+    for all of them. `without_padding(batch)` where that saves nothing to speak of. least_slots: filled up to so many at
+    least.
     """
     starts, lengths = _documents(batch)
     tokens = batch.input_ids.flatten().numpy()
-    groups = _groups([tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)])
+    groups = group_by_prefix([tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)])
     saved = sum(length * (len(members) - 1) for length, members in groups)
     num_tokens = batch.num_real_tokens
     if saved < LEAST_SAVED * max(1, num_tokens) or _whole_tiles(num_tokens - saved) >= batch.num_slots:
@@ -77,52 +68,19 @@ def share_prefixes(batch: Batch, *, least_slots: int = 0) -> Batch:
     return _laid_out(batch, run_starts, run_lengths, prefix_of, prefixes, least_slots=least_slots)
 
 
-@dataclass(frozen=True)
-class Template:
-    """What most documents of a data set begin with.
-
-    length: tokens that `share_prefixes` saves for each further document. has_it: bool [documents], those that do.
-    """
-
-    length: int
-    has_it: np.ndarray
-
-    @classmethod
-    def of(cls, documents: Documents) -> Template:
-        """Found among the documents that begin with the `LEAST_PREFIX` tokens that most of them begin with."""
-        begins, lengths = documents.offsets[:-1], documents.lengths
-        firsts = np.full((len(documents), LEAST_PREFIX + 1), -1)
-        for column in range(firsts.shape[1]):
-            firsts[lengths > column, column] = documents.token_ids[begins[lengths > column] + column]
-        firsts[lengths < firsts.shape[1]] = -1
-        kinds, kind_of, counts = np.unique(firsts, axis=0, return_inverse=True, return_counts=True)
-        counts[kinds[:, 0] < 0] = 0
-        has_it = kind_of.reshape(-1) == np.argmax(counts)
-        if counts.max(initial=0) < 2:
-            return cls(0, np.zeros(len(documents), dtype=bool))
-        members = np.flatnonzero(has_it)
-        length, shortest = firsts.shape[1], lengths[members].min()
-        while length < shortest:
-            column = documents.token_ids[begins[members] + length]
-            if (column != column[0]).any():
-                break
-            length += 1
-        return cls(length - 1, has_it)
-
-
-def most_shared_slots(template: Template, epochs: Iterable[tuple[Packs, list[np.ndarray]]]) -> int:
+def most_shared_slots(common: CommonPrefix, epochs: Iterable[tuple[Packs, list[np.ndarray]]]) -> int:
     """No micro-batch of these has more slots than this after `share_prefixes`.
 
-    template: of the documents. epochs: an epoch's packs, and the numbers of the packs of each of its micro-batches.
+    common: of the documents. epochs: an epoch's packs, and the numbers of the packs of each of its micro-batches.
     """
     most = 0
     for packs, micro_batches in epochs:
-        saves = template.has_it[packs.segment_document] & (packs.segment_start == 0)
+        saves = common.has_it[packs.segment_document] & (packs.segment_start == 0)
         sums = np.concatenate([[0], np.cumsum(saves)])
         tokens, num_saving = packs.pack_tokens, sums[packs.pack_offsets[1:]] - sums[packs.pack_offsets[:-1]]
         for chosen in micro_batches:
             num_tokens = int(tokens[chosen].sum())
-            saved = template.length * max(0, int(num_saving[chosen].sum()) - 1)
+            saved = common.length * max(0, int(num_saving[chosen].sum()) - 1)
             most = max(most, num_tokens - saved if saved >= LEAST_SAVED * num_tokens else num_tokens)
     return _whole_tiles(most)
 
@@ -183,48 +141,3 @@ def _laid_out(
         prefix_of=torch.tensor([*prefix_of, *[-1] * len(tail_ends)], dtype=torch.int32) if prefixes else None,
         label_weights=torch.from_numpy(weights[label_index]) if prefixes else None,
     )
-
-
-def _groups(documents: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
-    """(length of the beginning, the numbers of two documents or more that share it), no document in two of them."""
-    # Sorted, documents lie beside those with which they have the most in common.
-    order = sorted(range(len(documents)), key=lambda number: documents[number][:_SORTED_BY].tobytes())
-    shared = [min(_num_common(documents[a], documents[b]) - 1, _SORTED_BY) for a, b in pairwise(order)]
-    groups, _ = _grouped(np.array(shared, dtype=np.int64), 0)
-    return [(length, np.sort(np.array(order)[members])) for length, members in groups]
-
-
-def _grouped(shared: np.ndarray, first: int) -> tuple[list[tuple[int, list[int]]], list[int]]:
-    """(groups as (length, documents), documents in none) of consecutive documents numbered from `first` on.
-
-    shared: what each has in common with the next. Where the least is shared, the documents between are grouped first;
-    those that are left over, and of the groups those that save more so, then form a group of that length.
-    """
-    num_documents = len(shared) + 1
-    if not len(shared) or shared.max() < LEAST_PREFIX:
-        return [], list(range(first, first + num_documents))
-    least = int(shared.min())
-    cuts = np.flatnonzero(shared == least)
-    groups, alone = [], []
-    for begin, end in zip([0, *(cuts + 1)], [*cuts, len(shared)], strict=True):
-        of_part, left_over = _grouped(shared[begin:end], first + begin)
-        groups += of_part
-        alone += left_over
-    if least < LEAST_PREFIX:
-        return groups, alone
-    kept, joined = [], list(alone)
-    for length, members in groups:
-        if least * len(members) > length * (len(members) - 1):
-            joined += members
-        else:
-            kept.append((length, members))
-    candidates = [(groups, alone), (kept, joined)]
-    candidates = [(made, left) if len(left) < 2 else ([*made, (least, left)], []) for made, left in candidates]
-    return max(candidates, key=lambda found: sum(length * (len(members) - 1) for length, members in found[0]))
-
-
-def _num_common(one: np.ndarray, other: np.ndarray) -> int:
-    """Tokens that both begin with."""
-    most = min(len(one), len(other))
-    differs = np.flatnonzero(one[:most] != other[:most])
-    return int(differs[0]) if len(differs) else most

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packloop.data.packing import Packing, Packs, epoch_packs
+from packloop.data.prefix import CommonPrefix
 from packloop.data.sources import SkippedRow
 from packloop.errors import InputError
 
@@ -158,6 +159,12 @@ def _summary(
         )
     line(report.num_documents, "document", f"{report.num_tokens:,} tokens")
     line(num_labels, "label token", f"{num_labels / max(1, report.num_tokens):.1%} of the tokens")
+    common = CommonPrefix.of(documents)
+    if common.length and config.packing != "wrapped":
+        sharing = int(common.has_it.sum())
+        share = common.length * (sharing - 1) / report.num_tokens
+        remark = f"begin {sharing:,} documents; computed once a micro-batch on a GPU, {share:.1%} at most left out"
+        line(common.length, "token", remark, became="in common")
     fill = "one document each" if config.packing == "none" else f"{report.num_tokens / max(1, num_slots):.2%} full"
     line(packs.num_packs, "pack", fill)
     return table

@@ -13,8 +13,9 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from packloop.config import RunConfig
-from packloop.data.layout import Template, as_packed, most_shared_slots, share_prefixes, without_padding
+from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import Batch, PackLoader
+from packloop.data.prefix import CommonPrefix
 from packloop.engine.batch import to_device
 from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory
@@ -292,7 +293,7 @@ def largest_micro(config: RunConfig, loader: PackLoader) -> Batch:
     if num_epochs is None:
         return micro
     epochs = map(loader.micro_batches, range(num_epochs))
-    return share_prefixes(micro, least_slots=most_shared_slots(Template.of(loader.documents), epochs))
+    return share_prefixes(micro, least_slots=most_shared_slots(CommonPrefix.of(loader.documents), epochs))
 
 
 def epochs_looked_through(config: RunConfig, num_packs: int, steps_per_epoch: int) -> int | None:
