@@ -16,6 +16,7 @@ from packloop.data import prefix
 from packloop.data.layout import share_prefixes
 from packloop.engine.batch import Micro
 from packloop.engine.optim import FlatParameters
+from packloop.kernels.operations import Operations
 from packloop.kernels.patch import packed_loss_sum, patched
 
 CPU = torch.device("cpu")
@@ -32,14 +33,16 @@ def test_in_the_interpreter():
 def test_losses_and_gradients_are_those_of_whole_documents(small_base, options, monkeypatch):
     monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 8)
     monkeypatch.setattr(prefix, "LEAST_PREFIX", 3)
-    packed = batch_of(templated(num_documents=3))
+    packed = batch_of(templated(num_documents=2))
     shared = share_prefixes(packed)
     assert shared.num_slots < packed.num_real_tokens
     results = []
     for batch, attention in ((packed, "eager"), (shared, "document")):
         model = load_model(small_base)
         flat = FlatParameters(model)
-        with patched(model, attention=attention, **{"fused": True, **options}) as llama:
+        # All but attention by PyTorch, which is not what this is about and takes less time.
+        others = Operations(rms_norm="torch", swiglu="torch", cross_entropy="torch")
+        with patched(model, attention=attention, fused=True, operations=others, **options) as llama:
             loss = packed_loss_sum(llama, *Micro.of(batch, CPU).inputs)
             loss.backward()
         results.append((loss.item(), flat.gradient.clone()))
