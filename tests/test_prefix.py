@@ -163,6 +163,14 @@ def test_no_micro_batch_has_more_slots_than_memory_is_planned_for(packing, seed,
     assert sum(micros) == 3 * loader.num_packs
 
 
+def test_a_long_template_is_shared_whole():
+    documents = documents_of(*[[*range(10, 710), 1000 + number, number] for number in range(4)])
+    batch = share_prefixes(batch_of(documents, max_length=800))
+    assert batch.cu_seqlens.tolist()[1] == CommonPrefix.of(documents).length == 699
+    packs, order = epoch_packs(documents.lengths, "bfd", 800, seed=0, epoch=0, shuffle=False)
+    assert most_shared_slots(CommonPrefix.of(documents), [(packs, [order])]) == batch.num_slots == 699 + 4 * 3 + 1
+
+
 def test_a_data_set_without_a_template_has_none():
     documents = documents_of([1, 2, 3, 4, 5], [6, 7, 8, 9], [1, 2])
     common = CommonPrefix.of(documents)

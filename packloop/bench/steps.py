@@ -133,7 +133,6 @@ class Job:
         self.model.train()
         timer = LapTimer()
         options = self.resolve() if options is None else options
-        self._windows.arrange = arrangement(self.config)
         self._windows.prepare_layout = layout_preparation(self.config)
         with patched(self.model, **options) as llama:
 

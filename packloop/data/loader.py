@@ -155,9 +155,7 @@ class PackLoader:
         for begin in range(0, len(order), self._packs_per_window):
             window = order[begin : begin + self._packs_per_window]
             for rank in range(self._world_size):
-                mine = window[rank :: self._world_size]
-                size = self._per_device_batch_size
-                chosen += [mine[first : first + size] for first in range(0, len(mine), size)]
+                chosen += _split(window, self._per_device_batch_size, rank, self._world_size)
         return packs, chosen
 
     def state(self) -> dict[str, int]:
@@ -331,13 +329,16 @@ def _deal(
     world_size: int,
     **layout,
 ) -> list[Batch]:
-    """One rank's micro-batches of the packs in `window`; their number depends on the window, not on the rank."""
+    """One rank's micro-batches of the packs in `window`."""
+    chosen = _split(window, per_device_batch_size, rank, world_size)
+    return [make_batch(documents, packs, numbers, **layout) for numbers in chosen]
+
+
+def _split(window: np.ndarray, per_device_batch_size: int, rank: int, world_size: int) -> list[np.ndarray]:
+    """The packs of each of a rank's micro-batches; their number depends on the window, not on the rank."""
     mine = window[rank::world_size]
     largest_share = -(-len(window) // world_size)
-    return [
-        make_batch(documents, packs, mine[begin : begin + per_device_batch_size], **layout)
-        for begin in range(0, largest_share, per_device_batch_size)
-    ]
+    return [mine[begin : begin + per_device_batch_size] for begin in range(0, largest_share, per_device_batch_size)]
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 LEAST_PREFIX = 16
 # Share of the tokens that must be saved at least.
 LEAST_SAVED = 0.01
-# Documents are sorted by this many of their tokens, to find those that begin alike.
-_SORTED_BY = 512
+# Groups within groups that are looked for, so that documents each a token longer than the last have an end.
+_MOST_NESTED = 200
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class CommonPrefix:
 def group_by_prefix(documents: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
     """(length of the beginning, the numbers of two documents or more that share it), no document in two of them."""
     # Sorted, documents lie beside those with which they have the most in common.
-    order = sorted(range(len(documents)), key=lambda number: documents[number][:_SORTED_BY].tobytes())
-    shared = [min(_num_common(documents[a], documents[b]) - 1, _SORTED_BY) for a, b in pairwise(order)]
+    order = sorted(range(len(documents)), key=lambda number: documents[number].tobytes())
+    shared = [_num_common(documents[a], documents[b]) - 1 for a, b in pairwise(order)]
     groups, _ = _grouped(np.array(shared, dtype=np.int64), 0)
     return [(length, np.sort(np.array(order)[members])) for length, members in groups]
 
 
-def _grouped(shared: np.ndarray, first: int) -> tuple[list[tuple[int, list[int]]], list[int]]:
+def _grouped(shared: np.ndarray, first: int, depth: int = 0) -> tuple[list[tuple[int, list[int]]], list[int]]:
     """(groups as (length, documents), documents in none) of consecutive documents numbered from `first` on.
 
     shared: what each has in common with the next. Where the least is shared, the documents between are grouped first;
@@ -72,10 +72,12 @@ def _grouped(shared: np.ndarray, first: int) -> tuple[list[tuple[int, list[int]]
     if not len(shared) or shared.max() < LEAST_PREFIX:
         return [], list(range(first, first + num_documents))
     least = int(shared.min())
+    if depth == _MOST_NESTED:  # each level shares more than the one around it, so that this is enough for a group
+        return [(least, list(range(first, first + num_documents)))], []
     cuts = np.flatnonzero(shared == least)
     groups, alone = [], []
     for begin, end in zip([0, *(cuts + 1)], [*cuts, len(shared)], strict=True):
-        of_part, left_over = _grouped(shared[begin:end], first + begin)
+        of_part, left_over = _grouped(shared[begin:end], first + begin, depth + 1)
         groups += of_part
         alone += left_over
     if least < LEAST_PREFIX:

@@ -13,9 +13,14 @@ for, not by its products. So:
 - Backward finds probabilities twice, for dq and for dk and dv, rather than adding dq up across programs: no atomics, so
   results are the same bit for bit each time. The dq part, which runs first, also finds sum(d_out * out).
 
-A score's row and key are always of one document, so `key <= row` masks all: rows past a document's end are loaded as
-zeros and not stored. Softmax is in base 2; what is saved is log2(sum(exp(scores))). Probabilities and the gradients
-of scores are rounded to the inputs' dtype for their products; all else is fp32.
+- Where documents share what they begin with (`DocumentLayout.prefix_of`), a query tile meets the beginning's key tiles
+  first, and then its own document's. The beginning's dk and dv are summed over all rows that saw it: parts of them by
+  as many programs, in fp32, which one more kernel adds up in their order.
+
+A score's row and key are of one document, so `key <= row` masks all, or the key is of the row's beginning, which all
+rows see: rows past a document's end are loaded as zeros and not stored. Softmax is in base 2; what is saved is
+log2(sum(exp(scores))). Probabilities and the gradients of scores are rounded to the inputs' dtype for their products;
+all else is fp32.
 
 Shapes: T slots, H query heads, K key/value heads (H a multiple of K), D features of a head, P positions of the tables.
 Source: Dao, FlashAttention-2, arXiv:2307.08691; Su et al., RoPE, arXiv:2104.09864.
