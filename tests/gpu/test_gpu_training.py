@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packloop.config import LoraConfig, ModelConfig
+from packloop.data.layout import share_prefixes
 from packloop.data.loader import Batch, PackLoader
 from packloop.data.tokenize import Documents
 from packloop.engine.batch import to_device
@@ -62,16 +63,23 @@ def make_model(base, *, quantization: str, dropout: float = 0.0):
     return model.train(), FlatParameters(model)
 
 
-@lru_cache(maxsize=1)
-def batches() -> tuple[Batch, ...]:
-    """Micro-batches of two packs of whole documents; of few kinds of tokens, so that they are learnt."""
+@lru_cache(maxsize=2)
+def batches(begin_alike: bool = False) -> tuple[Batch, ...]:
+    """Micro-batches of two packs of whole documents; of few kinds of tokens, so that they are learnt.
+
+    begin_alike: all documents but the shortest begin with the same 40 tokens.
+    """
     rng = np.random.default_rng(0)
     lengths = np.array([2, 63, 64, 65, 100, 800, 411, 129, 300, 7])
     tokens = rng.integers(0, 50, lengths.sum()) ** 2 % VOCABULARY
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    if begin_alike:
+        for start, length in zip(offsets, lengths):
+            tokens[start : start + min(40, length)] = tokens[offsets[5] : offsets[5] + min(40, length)]
     documents = Documents(
         token_ids=tokens.astype(np.int32),
         counts=np.ones(lengths.sum(), dtype=bool),
-        offsets=np.concatenate([[0], lengths.cumsum()]),
+        offsets=offsets,
         row_ids=np.arange(len(lengths)),
     )
     loader = PackLoader(
@@ -89,15 +97,15 @@ def batches() -> tuple[Batch, ...]:
     return tuple(loader.next_window())
 
 
-def train(flat: FlatParameters, loss_sum_of) -> list[float]:
+def train(flat: FlatParameters, loss_sum_of, micro_batches: tuple[Batch, ...]) -> list[float]:
     """Mean loss of each of 20 steps over all micro-batches; `loss_sum_of(batch)` is summed over labels."""
     optimizer = AdamW(flat, name="adamw_32bit", betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    num_labels = sum(batch.num_label_tokens for batch in batches())
+    num_labels = sum(batch.num_label_tokens for batch in micro_batches)
     losses = []
     for _ in range(NUM_STEPS):
         flat.zero_gradient()
         total = 0.0
-        for batch in batches():
+        for batch in micro_batches:
             loss_sum = loss_sum_of(batch)
             loss_sum.backward()
             total += loss_sum.item()
@@ -108,8 +116,8 @@ def train(flat: FlatParameters, loss_sum_of) -> list[float]:
     return losses
 
 
-@lru_cache(maxsize=2)
-def stock_losses(base, quantization: str) -> list[float]:
+@lru_cache(maxsize=4)
+def stock_losses(base, quantization: str, begin_alike: bool = False) -> list[float]:
     """Hugging Face's and PEFT's code, one document at a time."""
     model, flat = make_model(base, quantization=quantization)
 
@@ -122,7 +130,7 @@ def stock_losses(base, quantization: str) -> list[float]:
                 losses.append(F.cross_entropy(logits, ids[1:], reduction="sum"))
         return torch.stack(losses).sum()
 
-    return train(flat, loss_sum_of)
+    return train(flat, loss_sum_of, batches(begin_alike))
 
 
 @pytest.mark.parametrize(
@@ -142,10 +150,23 @@ def test_20_steps_are_the_stock_models(base, quantization: str, layer: str, atte
     skip_unless_usable(attention)
     model, flat = make_model(base, quantization=quantization)
     with patched(model, attention=attention, fused=layer == "fused", recompute_layers=1) as llama:
-        ours = train(flat, lambda batch: packed_loss_sum(llama, *to_device(batch, DEVICE)))
-    stock = stock_losses(base, quantization)
+        ours = train(flat, lambda batch: packed_loss_sum(llama, *to_device(batch, DEVICE)), batches())
+    assert_close(ours, stock_losses(base, quantization), f"{quantization}, {layer}, {attention}")
+
+
+@pytest.mark.parametrize("layer", ["fused", "stock"])
+def test_20_steps_with_beginnings_computed_once_are_the_stock_models(base, layer: str):
+    model, flat = make_model(base, quantization="nf4")
+    shared = tuple(share_prefixes(batch) for batch in batches(begin_alike=True))
+    assert all(batch.prefix_of is not None for batch in shared)
+    with patched(model, attention="document", fused=layer == "fused", recompute_layers=1) as llama:
+        ours = train(flat, lambda batch: packed_loss_sum(llama, *to_device(batch, DEVICE)), shared)
+    assert_close(ours, stock_losses(base, "nf4", begin_alike=True), f"{layer}, shared")
+
+
+def assert_close(ours: list[float], stock: list[float], case: str) -> None:
     difference = np.abs(np.array(ours) - np.array(stock))
-    print(f"{quantization}, {layer}, {attention}: {difference.max():.1e} at most, {difference.mean():.1e} in the mean")
+    print(f"{case}: {difference.max():.1e} at most, {difference.mean():.1e} in the mean")
     assert stock[-1] < stock[0] - 0.5, "nothing was learnt, so the comparison shows nothing"
     assert difference.max() < 5e-3
 
