@@ -43,6 +43,8 @@ EVERY_PROMPT = "ours, every prompt computed"
 SAME_BATCH, EAGER = "ours at the peer's batch", "ours, eager"
 # Named apart from A, so that both come from the same stretch of time.
 DROPOUT, NO_DROPOUT = "ours, dropout 0.1", "ours, dropout 0"
+_CAP_EXTRAS = ((EVERY_PROMPT, "--batch 2 --prefix-reuse none"),)
+_CAP_CHECKS = (Check(EVERY_PROMPT, "B"), Check("A", EVERY_PROMPT))
 CASES = {
     "tutorial-eager": Case(
         ours=f"{_QV} --batch 6",
@@ -88,19 +90,23 @@ CASES = {
         checks=(Check(EVERY_PROMPT, "B"), Check("A", EVERY_PROMPT)),
     ),
     "cap22-qv": Case(
-        ours=f"{_QV} --batch 2 --memory-cap-gib 22",
+        ours=f"{_QV} --batch 4 --memory-cap-gib 22",
         peers={
             "trl": f"{_QV} --batch 2 {_LIGER} --no-checkpointing --memory-cap-gib 22",
             "unsloth": f"{_QV} --batch 2 --no-checkpointing --memory-cap-gib 22",
         },
         bound=1.15,
+        extras=_CAP_EXTRAS,
+        checks=_CAP_CHECKS,
     ),
     "cap22-all-linear": Case(
-        ours=f"{_ALL} --batch 2 --memory-cap-gib 22",
+        ours=f"{_ALL} --batch 4 --memory-cap-gib 22",
         peers={
             "unsloth": f"{_ALL} --batch 2 --no-checkpointing --memory-cap-gib 22",
             "trl": f"{_ALL} --batch 6 {_LIGER} --checkpointing --memory-cap-gib 22",
         },
         bound=1.15,
+        extras=_CAP_EXTRAS,
+        checks=_CAP_CHECKS,
     ),
 }
