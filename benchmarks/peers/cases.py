@@ -90,7 +90,7 @@ CASES = {
         checks=(Check(EVERY_PROMPT, "B"), Check("A", EVERY_PROMPT)),
     ),
     "cap22-qv": Case(
-        ours=f"{_QV} --batch 4 --memory-cap-gib 22",
+        ours=f"{_QV} --batch 2 --memory-cap-gib 22",
         peers={
             "trl": f"{_QV} --batch 2 {_LIGER} --no-checkpointing --memory-cap-gib 22",
             "unsloth": f"{_QV} --batch 2 --no-checkpointing --memory-cap-gib 22",
