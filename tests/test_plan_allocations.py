@@ -68,18 +68,29 @@ def without_arithmetic(monkeypatch):
 
 
 def real_peak(
-    lora: LoraConfig, plan: MemoryPlan, operations: Operations, *, vocabulary: int = 1024, num_labels: int = SLOTS
+    lora: LoraConfig,
+    plan: MemoryPlan,
+    operations: Operations,
+    *,
+    num_labels: int = SLOTS,
+    prefix_tokens: int = 0,
+    **sizes: int,
 ) -> tuple[int, ModelShape]:
-    """Bytes that one forward and backward pass has allocated at its peak, by torch's own records."""
+    """Bytes that one forward and backward pass has allocated at its peak, by torch's own records.
+
+    prefix_tokens: of the first document, with which the others then begin. sizes: of the architecture.
+    """
     torch.manual_seed(0)
-    architecture = LlamaConfig(**ARCHITECTURE, vocab_size=vocabulary)
+    architecture = LlamaConfig(**{**ARCHITECTURE, "vocab_size": 1024, **sizes})
     base = random_model(architecture, quantization="nf4", device=torch.device("cpu"))
     model = attach_adapter(base, lora, base_name="base").train()
     FlatParameters(model)
-    lengths = torch.arange(0, SLOTS + 1, 256, dtype=torch.int32)
-    layout = DocumentLayout(
-        torch.zeros(2, SLOTS // 2, dtype=torch.int32), lengths, 256, is_packed=True, cu_seqlens_cpu=lengths
-    )
+    bounds = torch.arange(0, SLOTS + 1, 256, dtype=torch.int32)
+    ids, prefix_of = torch.zeros(2, SLOTS // 2, dtype=torch.int32), None
+    if prefix_tokens:
+        bounds[1] = prefix_tokens
+        prefix_of = torch.tensor([-1] + [0] * (len(bounds) - 2), dtype=torch.int32)
+    layout = DocumentLayout(ids, bounds, 512, is_packed=True, cu_seqlens_cpu=bounds, prefix_of=prefix_of)
     ids, positions = torch.zeros(2, SLOTS // 2, dtype=torch.int64), torch.arange(SLOTS // 2).repeat(2, 1)
     index = torch.arange(num_labels)
     patching = patch.patched(model, attention="document", fused=True, operations=operations, **asdict(plan))
@@ -120,13 +131,27 @@ def test_predicted_peak_is_the_real_codes(without_arithmetic, plan, targets, dro
     assert predicted == pytest.approx(real, rel=0.01)
 
 
+@pytest.mark.parametrize("num_tokens", [230, 500])
+def test_parts_of_a_shared_beginnings_gradient_are_planned_for(without_arithmetic, num_tokens):
+    plan, lora = MemoryPlan(4, 4, 0), LoraConfig(r=16, target_modules=["q_proj", "v_proj"])
+    # So many heads of keys beside products so narrow that attention's backward pass is the peak.
+    sizes = {"intermediate_size": 64, "vocab_size": 64, "num_attention_heads": 16, "num_key_value_heads": 16}
+    real, shape = real_peak(lora, plan, Operations(gated="none"), prefix_tokens=num_tokens, **sizes)
+    shared, whole = (
+        Step(replace(shape, gated=False), MicroBatch(SLOTS, "document", tokens)).peak_bytes(plan)
+        for tokens in (num_tokens, 0)
+    )
+    assert shared == pytest.approx(real, rel=0.01)
+    assert shared > 1.02 * whole, "not seen at the peak"
+
+
 @pytest.mark.parametrize("num_labels", [0, 1000, 3500, SLOTS])
 def test_predicted_peak_of_a_head_in_chunks_is_the_real_codes_for_any_number_of_labels(
     without_arithmetic, monkeypatch, num_labels
 ):
     vocabulary, plan, lora = 16384, MemoryPlan(4, 0, 0), LoraConfig(r=16, target_modules=["q_proj", "v_proj"])
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 1024 * vocabulary * 2)
-    real, shape = real_peak(lora, plan, Operations(), vocabulary=vocabulary, num_labels=num_labels)
+    real, shape = real_peak(lora, plan, Operations(), vocab_size=vocabulary, num_labels=num_labels)
     step = Step(shape, MicroBatch(slots=SLOTS, attention="document"))
     head, layer = (step.span(kind, "input", "input", False, True).peak for kind in ("head", "backward"))
     assert head > layer

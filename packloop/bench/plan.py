@@ -218,9 +218,11 @@ def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[
             for chosen in (order[number * batch : (number + 1) * batch] for number in range(count))
         ]
         # Memory is planned for as `train` does it: with padding, or for what beginnings leave at most.
-        most_slots = most_slots_of(batch) if arrange is share_prefixes else None
-        most_slots = most_slots or max(micro.num_slots for micro in micros)
-        return replace(load_from([arrange(micro) for micro in micros]), most_slots=most_slots)
+        most_slots, prefix_tokens = max(micro.num_slots for micro in micros), 0
+        if arrange is share_prefixes:
+            most_slots, prefix_tokens = most_slots_of(batch) or most_slots, common_prefix().length
+        found = load_from([arrange(micro) for micro in micros])
+        return replace(found, most_slots=most_slots, prefix_tokens=prefix_tokens)
 
     def load(batch: int, attention: str) -> Load:
         arrange = _arrangement(config, attention)

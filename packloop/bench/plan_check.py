@@ -90,8 +90,13 @@ def check_recorded(row: dict[str, Any], config: RunConfig, gpu: Gpu) -> Check:
         squared_lengths=statistics.mean(squares),
         most_slots=max(slots),
         attention="",
+        prefix_tokens=max((_longest_beginning(*micro) for micro in zip(documents, prefixes, strict=True)), default=0),
     )
     return _check(row["name"], predict_settings(config, shape, gpu, load), figures, row["memory"])
+
+
+def _longest_beginning(lengths: list[int], prefix_of: list[int] | None) -> int:
+    return max((lengths[number] for number in prefix_of or () if number >= 0), default=0)
 
 
 def check_at_hand(forecast: Forecast, *, synthetic: str | None) -> Check:

@@ -26,6 +26,8 @@ _MAX_DROPOUT_RANKS = 256
 # Backends that hold an fp32 sum of dq beside what they were given.
 _SUMS_DQ = ("flash_attn", "varlen", "flash_attn_4", "sdpa", "cudnn")
 _DIFFERENTIATED = ("sdpa", "cudnn", "eager")
+# As `kernels.document_attention` in half precision: keys of a tile, rows and number of a shared beginning's parts.
+_KEY_TILE, _ROWS_PER_PART, _MOST_PARTS = 64, 512, 128
 
 
 class Event(NamedTuple):
@@ -45,10 +47,14 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What of a micro-batch decides its memory. Not the labels: the head's buffers are as large for any number."""
+    """What of a micro-batch decides its memory. Not the labels: the head's buffers are as large for any number.
+
+    prefix_tokens: of the beginning that its documents share, 0 where each has its own.
+    """
 
     slots: int
     attention: str
+    prefix_tokens: int = 0
 
 
 class _Events:
@@ -317,7 +323,15 @@ class Step:
         if attention == "flash_attn" and shape.num_heads > shape.num_kv_heads:
             made_anew = 2
         events.allocate("dq, dk, dv", made_anew * self._row * shape.attended)
-        events.free("delta", "dq sum", "dq, dk, dv")
+        events.allocate("parts of beginnings", self._parts_bytes())
+        events.free("delta", "dq sum", "dq, dk, dv", "parts of beginnings")
+
+    def _parts_bytes(self) -> int:
+        """Gradients of a shared beginning's keys and values, a tile for each part of the rows that see them."""
+        tiles = -(-self.micro.prefix_tokens // _KEY_TILE)
+        rows = max(_ROWS_PER_PART, -(-tiles * self.micro.slots // _MOST_PARTS))
+        parts = tiles * -(-self.micro.slots // rows)
+        return parts * self.shape.num_kv_heads * 2 * _KEY_TILE * self.shape.head_dim * _FP32
 
     def _partial_bytes(self, group: GroupShape) -> int:
         """Partial sums of the gradient of A under dropout, and their total."""

@@ -120,7 +120,7 @@ class Search:
         times = [TimeModel(self.shape, replace(load, attention=name), self.rates) for name in self._attentions]
         everything = MemoryPlan(0, self.shape.num_layers, 0)
         time = min(times, key=lambda one: one.step(everything, 1).step_ms)
-        micro = MicroBatch(load.most_slots, time.load.attention)
+        micro = MicroBatch(load.most_slots, time.load.attention, load.prefix_tokens)
         memory = MemoryModel(self.shape, micro, is_paged=self._is_paged, capability=self.gpu.capability)
         return memory, time
 

@@ -30,7 +30,7 @@ class Load:
 
     real_tokens: of its documents, more than slots where they share what they begin with. labels: rows of the head.
     squared_lengths: twice the pairs that attention multiplies, n^2 of each document. most_slots: of the largest
-    micro-batch, which decides on memory.
+    micro-batch, which decides on memory. prefix_tokens: of the beginning that documents share, as most of them do.
     """
 
     slots: float
@@ -39,6 +39,7 @@ class Load:
     squared_lengths: float
     most_slots: int
     attention: str
+    prefix_tokens: int = 0
 
 
 @dataclass(frozen=True)
