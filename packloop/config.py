@@ -209,6 +209,11 @@ class KernelsConfig(Section):
         description="Whether the first layer's q, k and v are made once for each distinct token of a micro-batch "
         "(fused layers only; not under dropout on them). auto: first_layer.",
     )
+    lora: Literal["auto", "fused", "torch"] = Field(
+        "auto",
+        description="The adapters' products (fused layers only). fused: in those of the base's weights, and of several "
+        "adapters at once, with the masking of dropout inside; torch: each by itself. auto: fused.",
+    )
     cross_entropy: Implementation = Field(
         "auto", description="Loss and gradient of a chunk of logits; the chunks, of either kind of layer, stay."
     )

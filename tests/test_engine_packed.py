@@ -29,11 +29,12 @@ def attention(request) -> str:
     return request.param
 
 
-def load_model(base):
-    """A base with an adapter that does something; dropout 0."""
+def load_model(base, dropout: float = 0.0):
+    """A base with an adapter that does something."""
     torch.manual_seed(3)
     llama = LlamaForCausalLM.from_pretrained(base, attn_implementation="eager")
-    model = get_peft_model(llama, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, task_type="CAUSAL_LM")
+    model = get_peft_model(llama, lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)

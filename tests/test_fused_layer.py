@@ -10,9 +10,11 @@ import torch
 from packloop.config import LoraConfig, ModelConfig
 from packloop.engine.model import load_model
 from packloop.engine.optim import FlatParameters
+from packloop.kernels import decoder_layer, lora_linear
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
 from packloop.kernels.lora_linear import _stacked
+from packloop.kernels.operations import Operations
 from packloop.kernels.patch import packed_loss_sum, patched, why_not_fused
 
 LENGTHS = (5, 19, 8)  # documents of a row, of which the last is padding
@@ -70,6 +72,31 @@ def test_same_loss_and_gradients_as_stock_modules(small_base, quantization, targ
     loss, gradient = loss_and_gradient(model, flat, fused=True)
     assert loss == pytest.approx(stock_loss, rel=1e-6)
     assert (gradient - stock).norm() <= 2e-6 * stock.norm()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_adapters_products_one_by_one_are_the_same_step(small_base, quantization, dropout, targets, monkeypatch):
+    """`kernels.lora=torch`: no adapter lies in a base's product, none shares one, and the masks are the same."""
+    model, flat = make_model(small_base, quantization=quantization, targets=TARGETS[targets], dropout=dropout)
+    options = {"fused": True, "recompute_layers": 1, "cached_layers": 1}
+    loss, gradient = loss_and_gradient(model, flat, **options)
+
+    def refuse(*_, **__):
+        raise AssertionError("a product of several")
+
+    for name in ("dropout_project", "dropout_add_input_gradient_", "dropout_weight_gradient"):
+        monkeypatch.setattr(lora_linear, name, refuse)
+    for name in ("extended_group_forward", "extended_input_gradient"):
+        monkeypatch.setattr(decoder_layer, name, refuse)
+    monkeypatch.setattr(torch.Tensor, "baddbmm_", refuse)
+    other_loss, other = loss_and_gradient(model, flat, operations=Operations(lora="torch"), **options)
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    assert (other - gradient).norm() < 1e-5 * gradient.norm()
+    if quantization == "nf4" and dropout == 0.0:
+        with pytest.raises(AssertionError, match="a product of several"):
+            loss_and_gradient(model, flat, **options)
 
 
 @pytest.mark.parametrize("rank", [3, 12])

@@ -35,6 +35,7 @@ from packloop.kernels import (
     swiglu,
 )
 from packloop.kernels.attention import load_backend
+from packloop.kernels.lora_linear import LoraProducts
 from packloop.kernels.matmul import ProductLibrary, matmul
 from packloop.kernels.operations import AUTO, Operations, choose_operations
 from packloop.kernels.patch import packed_loss_sum, patched
@@ -42,9 +43,10 @@ from packloop.kernels.token_reuse import TokenReuse
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = [field.name for field in dataclasses.fields(Operations)]
-TRITONS = [name for name in NAMES if name not in ("matmul", "gated", "token_reuse")]
-FASTEST = {**dict.fromkeys(TRITONS, "triton"), "matmul": "cublaslt", "gated": "quack", "token_reuse": "first_layer"}
-OTHERS = {"gated": "none", "token_reuse": "first_layer"}  # where the rest is torch's
+OWN = {"matmul": "cublaslt", "gated": "quack", "token_reuse": "first_layer", "lora": "fused"}
+TRITONS = [name for name in NAMES if name not in OWN]
+FASTEST = {**dict.fromkeys(TRITONS, "triton"), **OWN}
+OTHERS = {"gated": "none", "token_reuse": "first_layer", "lora": "fused"}  # where the rest is torch's
 
 
 @ordinary
@@ -67,14 +69,14 @@ def test_auto_is_the_fastest_on_a_gpu_and_torch_elsewhere(monkeypatch):
     assert choose_operations(AUTO, CPU, fused=True) == all_of("torch")
     assert choose_operations(AUTO, CUDA, fused=True) == all_of("fastest")
     stock = choose_operations(AUTO, CUDA, fused=False)
-    assert stock == all_of("torch", cross_entropy="triton", token_reuse="none")
+    assert stock == all_of("torch", cross_entropy="triton", token_reuse="none", lora="torch")
     assert choose_operations(Operations(token_reuse="none"), CPU, fused=True).token_reuse == "none"
     with pytest.raises(ValueError, match=r"kernels\.token_reuse=first_layer: kernels\.layer=stock runs"):
         choose_operations(Operations(token_reuse="first_layer"), CPU, fused=False)
-    for name in [*TRITONS, "matmul"]:
+    for name in [*TRITONS, "matmul", "lora"]:
         single = choose_operations(Operations(**{name: "torch"}), CUDA, fused=True)
         # Who asks for torch's SwiGLU or products does not get another's that hold both.
-        rest = {"gated": "none"} if name in ("swiglu", "matmul") else {}
+        rest = {"gated": "none"} if name in ("swiglu", "matmul", "lora") else {}
         assert single == all_of("fastest", **{name: "torch"}, **rest)
     monkeypatch.setattr(reference, "_HAS_TRITON", False)
     assert choose_operations(AUTO, CUDA, fused=True) == all_of("torch", matmul="cublaslt", gated="quack")
@@ -107,6 +109,8 @@ def test_a_quack_that_cannot_run_is_refused(monkeypatch):
         assert gated.library_for(torch.bfloat16, device, "auto") == "none"
     on_hopper(monkeypatch)
     assert choose_operations(asked, CUDA, fused=True).gated == "quack"
+    with pytest.raises(ValueError, match=r"has the adapters in its products, and kernels\.lora=torch has them apart"):
+        choose_operations(dataclasses.replace(asked, lora="torch"), CUDA, fused=True)
     assert gated.library_for(torch.bfloat16, CUDA, "auto") == "quack"
     assert gated.library_for(torch.float32, CUDA, "auto") == "none"
     with pytest.raises(ValueError, match=r"needs model\.dtype=bfloat16, the weights are float32"):
@@ -213,7 +217,12 @@ def test_a_function_that_is_asked_for_triton_never_takes_torch_instead():
 def test_every_operation_is_a_setting_of_the_same_name_and_values():
     for name in NAMES:
         field = KernelsConfig.model_fields[name]
-        others = {"matmul": ProductLibrary, "gated": gated.GatedLibrary, "token_reuse": TokenReuse}
+        others = {
+            "matmul": ProductLibrary,
+            "gated": gated.GatedLibrary,
+            "token_reuse": TokenReuse,
+            "lora": LoraProducts,
+        }
         expected = get_args(others.get(name, reference.Implementation))
         if name == "gated":  # torch's is for tests
             expected = tuple(value for value in expected if value != "torch")

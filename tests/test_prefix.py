@@ -251,11 +251,14 @@ def test_prefix_weights_losses_and_gradients_are_those_of_whole_documents(small_
     assert (unweighted[1] - expected[1]).norm() > 1e-2 * expected[1].norm()
 
 
-def step_of(small_base, batch, *, attention: str, fused: bool, weighted: bool = True) -> list:
-    model = load_model(small_base)
+def step_of(
+    small_base, batch, *, attention: str, fused: bool, weighted: bool = True, dropout: float = 0.0, **options
+) -> list:
+    model = load_model(small_base, dropout).train()
     flat = FlatParameters(model)
     inputs = Micro.of(batch, CPU).inputs
-    with patched(model, attention=attention, fused=fused) as llama:
+    torch.manual_seed(7)  # dropout masks
+    with patched(model, attention=attention, fused=fused, **options) as llama:
         loss = packed_loss_sum(llama, *(inputs if weighted else inputs[:5]))
         loss.backward()
     return [loss.item(), flat.gradient.clone()]

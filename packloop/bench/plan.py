@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from transformers import AutoConfig, LlamaConfig
 
 from packloop.bench.synthetic import shape_config
-from packloop.config import ModelConfig, RunConfig
+from packloop.config import KernelsConfig, ModelConfig, RunConfig
 from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import Batch, TrainingData, build_data, make_batch
 from packloop.data.packing import Packs, epoch_packs
@@ -83,7 +83,7 @@ def plan(
     notes += [warning] if warning else []
     if switched := [one.name for one in fields(Operations) if getattr(config.kernels, one.name) == "torch"]:
         notes.append(f"kernels.{', '.join(switched)}=torch: predicted as if auto, which is faster and takes less")
-    shape = replace(ModelShape.of_run(architecture, config), gated=_is_gated(config.kernels.gated, chosen))
+    shape = replace(ModelShape.of_run(architecture, config), gated=_is_gated(config.kernels, chosen))
     if config.kernels.gated == "quack" and not shape.is_gated:
         raise InputError(f"kernels.gated=quack: {NEEDED_OF_MODEL}; use kernels.gated=none")
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
@@ -114,18 +114,18 @@ def _rate(candidate: Candidate) -> float:
     return candidate.time.tokens_per_s
 
 
-def _is_gated(asked: str, gpu: Gpu) -> bool:
+def _is_gated(kernels: KernelsConfig, gpu: Gpu) -> bool:
     """Whether quack runs the gated products; for `auto` what is installed here counts where this is the GPU at hand.
 
     InputError where they are asked for and the GPU is none that quack has them for.
     """
-    is_hopper = gpu.capability[0] == HOPPER
+    is_hopper, asked = gpu.capability[0] == HOPPER, kernels.gated
     if asked == "quack" and not is_hopper:
         raise InputError(
             f"kernels.gated=quack: the {gpu.key} has compute capability {_dotted(gpu.capability)}, "
             f"{HOPPER}.x is needed; use kernels.gated=auto"
         )
-    if asked != "auto" or not is_hopper:
+    if asked != "auto" or not is_hopper or "torch" in (kernels.swiglu, kernels.matmul, kernels.lora):
         return asked == "quack"
     is_at_hand = torch.cuda.is_available() and find_gpu(torch.cuda.get_device_name()) == gpu
     return is_at_hand and why_not_quack(torch.device("cuda")) is None

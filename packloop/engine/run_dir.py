@@ -25,6 +25,7 @@ _UNNAMED = {
     "kernels.matmul": "torch",
     "kernels.gated": "none",
     "kernels.token_reuse": "none",
+    "kernels.lora": "fused",
     "kernels.padding": "keep",
     "kernels.prefix_reuse": "none",
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packloop.kernels import reference
 from packloop.kernels.extended_weight import ExtendedWeight
-from packloop.kernels.lora_linear import Lora, LoraGroup
+from packloop.kernels.lora_linear import Lora, LoraGroup, LoraProducts
 from packloop.kernels.reference import member_slices
 
 try:
@@ -46,8 +46,8 @@ class AdapterCopies:
     A group made here stays valid: `refresh` writes the masters' current values into its buffers.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self._dtype, self._device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: torch.device, by: LoraProducts = "auto"):
+        self._dtype, self._device, self._by = dtype, device, by
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._table: Tensor | None = None
         self._addresses: list[int] = []
@@ -60,7 +60,7 @@ class AdapterCopies:
         present = [lora for lora in loras if lora is not None]
         if not present:
             none = (None,) * len(out_features)
-            return LoraGroup(tuple(out_features), None, none, 1.0, interleaved=interleaved)
+            return LoraGroup(tuple(out_features), None, none, 1.0, interleaved=interleaved, by=self._by)
         if len({(lora.scaling, lora.a_rH.shape[1]) for lora in present}) > 1:
             raise ValueError("adapters on layers that share an input need one scaling (lora.alpha / lora.r) for all")
         num_ranks = sum(lora.a_rH.shape[0] for lora in present)
@@ -76,7 +76,7 @@ class AdapterCopies:
                 self._copies += [(a_RH[ranks], lora.a_rH), (block, lora.b_Or)]
                 rank = ranks.stop
             b_Or.append(block)
-        return LoraGroup(tuple(out_features), a_RH, tuple(b_Or), present[0].scaling, b_OR, interleaved)
+        return LoraGroup(tuple(out_features), a_RH, tuple(b_Or), present[0].scaling, b_OR, interleaved, self._by)
 
     def follow(self, weight: ExtendedWeight, group: LoraGroup, loras: Sequence[Lora | None]) -> None:
         """Refreshes the adapters that lie in a kept weight's buffer as well."""
@@ -93,7 +93,8 @@ class AdapterCopies:
         """Copies every master into its buffers, rounding to the compute dtype."""
         if not self._copies:
             return
-        if reference.serves(self._copies[0][0]) or triton is None or self._dtype == torch.float64:
+        by = "torch" if self._by == "torch" else "auto"
+        if reference.serves(self._copies[0][0], by) or triton is None or self._dtype == torch.float64:
             for target, master in self._copies:
                 target.copy_(master)
             return

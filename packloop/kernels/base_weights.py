@@ -45,7 +45,8 @@ class GroupWeights:
         self.is_quantised = is_nf4[0]
         self._nf4 = Nf4Group(members, interleaved=group.interleaved) if self.is_quantised else None
         num_ranks = 0 if group.a_RH is None else group.a_RH.shape[0]
-        self.extends = self.is_quantised and num_ranks > 0 and num_ranks % _RANK_ALIGNMENT == 0
+        aligned = num_ranks > 0 and num_ranks % _RANK_ALIGNMENT == 0
+        self.extends = self.is_quantised and aligned and group.by != "torch"
         self._num_ranks = num_ranks if self.extends else 0
         self._kept: list[Tensor] | ExtendedWeight | None = None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from packloop.kernels import reference
-from packloop.kernels.reference import DROPOUT_GROUP, dropout_threshold, keep_probability
+from packloop.kernels.reference import DROPOUT_GROUP, Implementation, dropout_threshold, keep_probability
 
 try:
     import triton
@@ -227,7 +227,14 @@ def _mask_arguments(
 
 
 def dropout_apply(
-    x: Tensor, p: float, seed: int | Tensor, *, stream: int = 0, rescale: bool = True, out: Tensor | None = None
+    x: Tensor,
+    p: float,
+    seed: int | Tensor,
+    *,
+    stream: int = 0,
+    rescale: bool = True,
+    out: Tensor | None = None,
+    by: Implementation = "auto",
 ) -> Tensor:
     """`mask * x / keep_probability(p)` (without the division when `rescale` is false), rounded once; no autograd.
 
@@ -236,7 +243,7 @@ def dropout_apply(
     """
     mask, options = _mask_arguments(p, seed, stream, x)
     scale = 1.0 / keep_probability(p) if rescale else 1.0
-    if reference.serves(x):
+    if reference.serves(x, by):
         kept = reference.dropout_mask(tuple(x.shape), p, seed, stream=stream, device=x.device)
         value = torch.where(kept, x * scale, torch.zeros((), dtype=x.dtype, device=x.device))
         return value if out is None else out.copy_(value)

@@ -10,7 +10,8 @@
 One dropout mask serves the group's shared input (PEFT draws one an adapter). It is regenerated from its seed wherever
 it is needed, so x and `projected` are all that backward keeps. The steps stand apart, without autograd, because a fused
 layer has dy, x and the base's weight at different times. Products with base weights are `matmul.py`'s, the others
-torch's; with dropout on a GPU, those of the adapters with x and dx are `dropout.py`'s.
+torch's; with dropout on a GPU, those of the adapters with x and dx are `dropout.py`'s. A group by `torch` has a product
+of torch's for each adapter and masks x by itself.
 Source: Hu et al., LoRA, arXiv:2106.09685.
 
 Shapes: T tokens, H input features, O outputs (those of the group side by side), r rank, R ranks of the group.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ from packloop.kernels.reference import keep_probability, member_slices
 # Gradients of A of one input with more ranks than these, stacked, fill too few tiles of a GPU: 192 x 4,096 over 12,288
 # slots take 59 us on an H200 as one product and 48 as a batch of three, which reads the input from the L2 cache.
 _MOST_STACKED_RANKS = 128
+
+
+# `fused` or `torch`: whether a group's adapters share products, with the base's weights and with the masking too.
+LoraProducts = Literal["auto", "fused", "torch"]
 
 
 class Lora(NamedTuple):
@@ -62,7 +67,7 @@ class LoraGroup:
 
     `a_RH` stacks the members' A; `b_Or[i]`, a block of the block-diagonal `b_OR`, is None for a member without adapter.
     With no adapter at all a_RH and b_OR are None. interleaved: output j is the member's number j modulo their count,
-    members being of one size, instead of all of the first before the second's.
+    members being of one size, instead of all of the first before the second's. by: who makes the adapters' products.
     """
 
     out_features: tuple[int, ...]
@@ -71,6 +76,7 @@ class LoraGroup:
     scaling: float
     b_OR: Tensor | None = None
     interleaved: bool = False
+    by: LoraProducts = "auto"
 
     def members(self) -> list[tuple[slice, slice, Tensor | None]]:
         """Each member's output columns, rank columns (empty without adapter) and B."""
@@ -87,7 +93,7 @@ def _scale(group: LoraGroup, dropout: Dropout | None) -> float:
 
 
 def _is_fused(x_TH: Tensor, group: LoraGroup, dropout: Dropout | None) -> bool:
-    return dropout is not None and fits_fused_products(x_TH, group.a_RH.shape[0])
+    return group.by != "torch" and dropout is not None and fits_fused_products(x_TH, group.a_RH.shape[0])
 
 
 def _row_blocks(weights_OH: Sequence[Tensor]) -> list[tuple[slice, Tensor]]:
@@ -138,13 +144,20 @@ def lora_project(x_TH: Tensor, group: LoraGroup, dropout: Dropout | None, *, out
         out = torch.empty(x_TH.shape[0], group.a_RH.shape[0], dtype=x_TH.dtype, device=x_TH.device)
     if _is_fused(x_TH, group, dropout):
         return dropout_project(x_TH, group.a_RH, dropout.p, dropout.seed, stream=dropout.stream, scale=scale, out=out)
-    return out.addmm_(_kept(x_TH, dropout), group.a_RH.T, beta=0, alpha=scale)
+    kept_TH = _kept(x_TH, group, dropout)
+    if group.by != "torch":
+        return out.addmm_(kept_TH, group.a_RH.T, beta=0, alpha=scale)
+    for _, ranks, b_Or in group.members():
+        if b_Or is not None:
+            out[:, ranks].addmm_(kept_TH, group.a_RH[ranks].T, beta=0, alpha=scale)
+    return out
 
 
-def _kept(x: Tensor, dropout: Dropout | None) -> Tensor:
+def _kept(x: Tensor, group: LoraGroup, dropout: Dropout | None) -> Tensor:
     if dropout is None:
         return x
-    return dropout_apply(x.contiguous(), dropout.p, dropout.seed, stream=dropout.stream, rescale=False)
+    by = "torch" if group.by == "torch" else "auto"
+    return dropout_apply(x.contiguous(), dropout.p, dropout.seed, stream=dropout.stream, rescale=False, by=by)
 
 
 @torch.no_grad()
@@ -207,7 +220,7 @@ def _runs(group: LoraGroup) -> list[list[tuple[int, slice, slice, Tensor]]]:
         if b_Or is None:
             continue
         starts = [member[1].start for member in runs[-1][-2:]] + [columns.start] if runs else []
-        is_alike = bool(runs) and runs[-1][-1][3].shape == b_Or.shape
+        is_alike = bool(runs) and runs[-1][-1][3].shape == b_Or.shape and group.by != "torch"
         if is_alike and (len(starts) < 3 or starts[2] - starts[1] == starts[1] - starts[0]):
             runs[-1].append((number, columns, ranks, b_Or))
         else:
@@ -232,13 +245,13 @@ def lora_a_gradient(
     if into is None:
         if fused:
             return dropout_weight_gradient(d_projected_TR, x_TH, dropout.p, dropout.seed, stream=dropout.stream)
-        return _wide_product(d_projected_TR.T, _kept(x_TH, dropout))
+        return _wide_product(d_projected_TR.T, _kept(x_TH, group, dropout))
     if fused:
         da_RH = dropout_weight_gradient(d_projected_TR, x_TH, dropout.p, dropout.seed, stream=dropout.stream)
         for target, gradient in zip(into, da_RH.split([target.shape[0] for target in into])):
             target.add_(gradient)
         return None
-    kept_TH, stacked_nrH = _kept(x_TH, dropout), _stacked(into)
+    kept_TH, stacked_nrH = _kept(x_TH, group, dropout), None if group.by == "torch" else _stacked(into)
     if stacked_nrH is None:
         for target, columns in zip(into, d_projected_TR.split([target.shape[0] for target in into], dim=1)):
             _wide_product(columns.T, kept_TH, target)
@@ -288,7 +301,7 @@ def lora_input_gradient(
         return dropout_add_input_gradient_(
             dx_TH, d_projected_TR, group.a_RH, dropout.p, dropout.seed, stream=dropout.stream
         )
-    return dx_TH.add_(_kept(d_projected_TR @ group.a_RH, dropout))
+    return dx_TH.add_(_kept(d_projected_TR @ group.a_RH, group, dropout))
 
 
 def _wide_product(left: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 
 from packloop.kernels.gated import GatedLibrary, why_not_gated
+from packloop.kernels.lora_linear import LoraProducts
 from packloop.kernels.matmul import ProductLibrary, why_not_cublaslt
 from packloop.kernels.reference import Implementation, why_not_triton
 from packloop.kernels.token_reuse import TokenReuse
@@ -21,7 +22,8 @@ class Operations:
     All but cross_entropy, which is the head's, are of the fused layers, which are handed this value. matmul has
     `cublaslt` in `triton`'s place. `torch` stands for bitsandbytes' own kernel in nf4. rope=torch keeps a backend that
     rotates by itself from doing so. gated: who runs the products with SwiGLU in their epilogues; `none` leaves it to
-    swiglu. token_reuse: `first_layer` or `none`, not who runs it but whether.
+    swiglu. token_reuse: `first_layer` or `none`, not who runs it but whether. lora: whether the adapters' products are
+    `fused` with the base's, each other's and the masking, or by `torch`, each by itself.
     """
 
     rms_norm: Implementation = "auto"
@@ -31,15 +33,21 @@ class Operations:
     matmul: ProductLibrary = "auto"
     gated: GatedLibrary = "auto"
     token_reuse: TokenReuse = "auto"
+    lora: LoraProducts = "auto"
     cross_entropy: Implementation = "auto"
 
 
 AUTO = Operations()
 
 # Those that stock layers leave to Hugging Face, PEFT and bitsandbytes.
-_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul", "gated", "token_reuse")
+_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul", "gated", "token_reuse", "lora")
 # What is fastest, and what takes its place where that cannot run.
-_CHOICES = {"matmul": ("cublaslt", "torch"), "gated": ("quack", "none"), "token_reuse": ("first_layer", "none")}
+_CHOICES = {
+    "matmul": ("cublaslt", "torch"),
+    "gated": ("quack", "none"),
+    "token_reuse": ("first_layer", "none"),
+    "lora": ("fused", "torch"),
+}
 
 
 def choose_operations(
@@ -53,14 +61,16 @@ def choose_operations(
 
     Stock layers run none of these, so their part is `torch`, or `none` for gated; so is matmul's under deterministic
     algorithms, where `cublaslt` may be asked for and runs torch's products. gated=auto is `none` as well where torch is
-    asked for in swiglu's or matmul's place. unfit: by operation, why its fastest does not suit the model, if so. Raises
+    asked for in swiglu's, matmul's or lora's place. unfit: by operation, why its fastest does not suit the model.
     ValueError where one is asked for and cannot run, with the remedy.
     """
     why_not = {"triton": why_not_triton, "cublaslt": why_not_cublaslt, "quack": why_not_gated}
-    why_not["first_layer"] = lambda _: None
+    why_not["first_layer"] = why_not["fused"] = lambda _: None
+    if requested.lora == "torch":
+        unfit = {**unfit, "gated": "has the adapters in its products, and kernels.lora=torch has them apart"}
     to_torch = {
         "matmul": torch.are_deterministic_algorithms_enabled(),
-        "gated": "torch" in (requested.swiglu, requested.matmul),
+        "gated": "torch" in (requested.swiglu, requested.matmul, requested.lora),
     }
     chosen = {}
     for name, implementation in asdict(requested).items():

@@ -212,7 +212,7 @@ class FusedLayers:
         self._operations = operations
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         norm = llama_model.norm.weight
-        self._adapters = AdapterCopies(norm.dtype, norm.device)
+        self._adapters = AdapterCopies(norm.dtype, norm.device, operations.lora)
         self._dropout_p = _dropout_of(llama_model)
         self.layers = []
         attentions = attention if isinstance(attention, list) else [attention] * len(llama_model.layers)
@@ -278,7 +278,8 @@ def _fuse(
     for name in GROUPS:
         bases, loras = _linears(layer, name)
         members = [base.weight for base in bases]
-        interleaved = name == "gate_up" and operations.gated != "none" and _interleaves(bases, loras)
+        gates = operations.gated != "none" and operations.lora != "torch"
+        interleaved = name == "gate_up" and gates and _interleaves(bases, loras)
         groups[name] = adapters.group([base.out_features for base in bases], loras, interleaved=interleaved)
         weights[name] = GroupWeights(members, groups[name], norm.dtype, nf4=operations.nf4)
         masters += [master for lora in loras if lora is not None for master in (lora.a_rH, lora.b_Or)]

@@ -122,7 +122,10 @@ class ModelShape:
 
     @classmethod
     def of_run(cls, architecture: LlamaConfig, config: RunConfig) -> ModelShape:
-        return replace(cls.of(architecture, config.model, config.lora), gated=config.kernels.gated == "quack")
+        shape, kernels = cls.of(architecture, config.model, config.lora), config.kernels
+        if kernels.lora == "torch":
+            shape = replace(shape, groups=tuple(replace(group, extends=False) for group in shape.groups))
+        return replace(shape, gated=kernels.gated == "quack" and kernels.lora != "torch")
 
     def group(self, name: str) -> GroupShape:
         return next(group for group in self.groups if group.name == name)
