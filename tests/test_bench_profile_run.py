@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from small_job import small_config, write_rows
+from tiny_run import VOCABULARY, save_small_shape
 from torch.nn.modules import module as torch_module
 from typer.testing import CliRunner
 
@@ -49,7 +50,7 @@ def tiny_job(tmp_path):
         config = small_config("bundled", write_rows(tmp_path / "rows.jsonl", 60), tmp_path / "run", **sections)
         tokenizer = load_tokenizer(config.model)
         data = build_data(config.data, tokenizer, seed=0)
-        shape = shape_config("tiny")
+        shape = shape_config("tiny", vocab_size=VOCABULARY)
         base = random_model(shape, quantization=config.model.quantization, device=torch.device("cpu"))
         made.append(Job(config, base, data, tokenizer.pad_token_id))
         return made[-1]
@@ -87,7 +88,7 @@ def test_forward_recomputation_and_backward_are_told_apart(tiny_job, tmp_path, l
     for phase in [phase for phase in phases if phase != "update"]:
         for cls in ("base GEMM", "LoRA", "attention", "NF4 dequantisation", "norms", "RoPE", "activation"):
             assert step.parts[phase, cls].ms > 0, (phase, cls)
-    assert step.parts["forward", "head + loss"].flops == 4.0 * HIDDEN * 32000 * num_labels
+    assert step.parts["forward", "head + loss"].flops == 4.0 * HIDDEN * VOCABULARY * num_labels
     assert step.parts["update", "optimizer"].ms > 0
     assert set(step.by_class_ms()) <= set(CLASSES)
     assert not COMPUTING & {name for name, _, _ in unknown_kernels([step])}, "views and allocations only"
@@ -165,7 +166,9 @@ def test_calibration_tells_classes_apart_as_a_profile_does(tiny_job, monkeypatch
     assert {cls for name, cls, _, _ in found["kernels"] if name.startswith("aten::")} >= {"LoRA", "norms"}
     assert sum(found["class_ms"].values()) == pytest.approx(sum(found["phase_ms"].values()), abs=0.02)
     assert set(found["phase_ms"]) == {"forward", "recomputation", "backward", "update"}
-    of_logits = [count for name, shapes, count, _ in found["products"] if shapes.endswith(f" x [{HIDDEN}, 32000]")]
+    of_logits = [
+        count for name, shapes, count, _ in found["products"] if shapes.endswith(f" x [{HIDDEN}, {VOCABULARY}]")
+    ]
     assert sum(of_logits) == 2  # micro-batches, a chunk each
     assert found["allocations"] == []
 
@@ -188,12 +191,13 @@ train: {{per_device_train_batch_size: 1, gradient_accumulation_steps: 2, gradien
 
 def test_the_command_writes_table_plot_and_trace(config_file, tmp_path):
     output = tmp_path / "profile"
-    arguments = ["profile", str(config_file), "--synthetic", "tiny", "--steps", "2", "--warmup", "1"]
+    shape = save_small_shape(tmp_path / "small")
+    arguments = ["profile", str(config_file), "--synthetic", str(shape), "--steps", "2", "--warmup", "1"]
     done = CliRunner().invoke(app, [*arguments, "--output", str(output)], catch_exceptions=False)
     assert done.exit_code == 0
     result = json.loads((output / "profile.json").read_text(encoding="utf-8"))
     assert result["advice"]["sentence"] in done.stdout
-    assert result["shape"] == "tiny with random weights"
+    assert result["shape"] == "small with random weights"
     assert result["device"] == "cpu"
     assert len(result["step_ms_all"]) == len(result["profiled_step_ms_all"]) == 2
     assert sum(part["ms"] for part in result["parts"]) == pytest.approx(result["busy_ms"])

@@ -15,9 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from forked import fork_from
 from small_job import too_long
 from typer.testing import CliRunner
 
+from packloop.bench import run as runs
 from packloop.bench import session as sessions
 from packloop.bench.cell import load_subject
 from packloop.bench.matrix import read_matrix
@@ -94,6 +96,12 @@ class Gate:
         self.path.write_text(text)
 
 
+@pytest.fixture
+def forked_cells(monkeypatch):
+    """Processes of cells that `run_matrix` starts from here; those of `start` and of the command line are real ones."""
+    fork_from(runs, monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run without gate, stopped by SIGTERM in its second cell: (matrix, results, when the first was written)."""
@@ -121,7 +129,7 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.timeout(600)
-def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped, tmp_path):
+def test_stopped_and_started_again_it_goes_on_at_the_next_cell(stopped, forked_cells, tmp_path):
     matrix, output, measured_at = stopped
     assert [cell.name for cell in load_cells(output)] == ["plain"]
     told = "- not measured yet, 2 of the matrix's 3 cells: too-long, wrong-target"
@@ -181,7 +189,7 @@ def test_a_killed_run_leaves_no_process_that_goes_on_measuring(tmp_path):
     assert not (tmp_path / "results" / "cells").exists()
 
 
-def test_a_directory_with_another_matrix_or_other_conditions_is_refused(stopped, tmp_path):
+def test_a_directory_with_another_matrix_or_other_conditions_is_refused(stopped, forked_cells, tmp_path):
     matrix, first, _ = stopped
     output = tmp_path / "results"
     shutil.copytree(first, output)
@@ -211,7 +219,7 @@ def test_a_directory_with_another_matrix_or_other_conditions_is_refused(stopped,
         run_matrix(matrix, tmp_path / "mine")
 
 
-def test_a_wrong_step_has_no_rate(tmp_path, capsys):
+def test_a_wrong_step_has_no_rate(forked_cells, tmp_path, capsys):
     matrix = write(tmp_path, cells={"fused": {"kernels.layer": "fused"}})
     broken = [sys.executable, str(ROOT / "tests" / "bench_broken_cell.py")]
     assert not run_matrix(matrix, tmp_path / "results", command=broken)

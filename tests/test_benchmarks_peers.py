@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import fork_from
 from tiny_run import save_base, save_tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from benchmarks import against_peers
-from benchmarks.peers import live, measure, memory, ours, rows, settings
+from benchmarks.peers import live, measure, memory, ours, process, rows, settings
 from benchmarks.peers.cases import CASES, Case, Check
 from benchmarks.peers.cells import save_cells
 from benchmarks.peers.process import LiveProcess, environment
@@ -151,7 +152,8 @@ def _command(places: dict[str, str], tmp_path: Path, *words: str) -> list[str]:
     return [*command, "--tokenizer", places["tokenizer"], "--data", places["data"], "--ours-args", "--length 160"]
 
 
-def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsys):
+def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsys, monkeypatch):
+    fork_from(process, monkeypatch)
     against_peers.main(_command(places, tmp_path, "all-linear-unsloth", "--turns", "ABA", "--no-extras"))
     result = json.loads((tmp_path / "out" / "all-linear-unsloth.json").read_text())
     mine, theirs, again = result["rows"]
@@ -217,7 +219,8 @@ live.serve(settings.job_parser("").parse_args, Faulty)
 """
 
 
-def test_a_side_that_fails_is_a_row_and_starts_again(tmp_path):
+def test_a_side_that_fails_is_a_row_and_starts_again(tmp_path, monkeypatch):
+    fork_from(process, monkeypatch)
     (tmp_path / "faulty_side.py").write_text(FAULTY)
     words = ["faulty_side", "--data", "none"]
     side = LiveProcess("?", words, name="faulty", work=tmp_path, timeout_s=240, env=environment())

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from forked import fork_from
 from tiny_run import save_tokenizer
 
 from benchmarks import against_peers
-from benchmarks.peers import ours, settings, work
+from benchmarks.peers import ours, process, settings, work
 from benchmarks.peers.cells import make_cell, save_cells
 from benchmarks.peers.shapes import shape_config
 from packloop.bench.conditions import describe_conditions
@@ -91,6 +92,7 @@ def compared(tmp_path_factory) -> Path:
     command += ["--tokenizer", str(root / "tokenizer"), "--data", str(root / "rows.json"), "--no-extras"]
     options = "--length 128 --batch 2 --steps 2"
     with pytest.MonkeyPatch.context() as patch:
+        fork_from(process, patch)
         patch.setitem(against_peers.PEERS, "trl", "trainer_side")
         patch.setattr(against_peers.Comparison, "_why_not", lambda _: None)
         against_peers.main([*command, "--turns", "AB", "--ours-args", options, "--peer-args", options])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -58,12 +59,43 @@ def recorded(
     return path
 
 
-def compare(path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "benchmarks/check_plan.py", "--compare", str(path), *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+@pytest.fixture
+def check_plan(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY)
+    from benchmarks import check_plan
+
+    return check_plan
 
 
-def test_recorded_measurements_within_the_bounds_pass_and_are_written(tmp_path):
+@pytest.fixture
+def compare(check_plan, monkeypatch, capsys):
+    """compare(path, *arguments) -> the exit code and both outputs, in this process: importing torch takes seconds."""
+
+    def run(path: Path, *arguments: str) -> SimpleNamespace:
+        monkeypatch.setattr("sys.argv", ["check_plan.py", "--compare", str(path), *arguments])
+        with pytest.raises(SystemExit) as left:
+            check_plan.main()
+        printed, said = capsys.readouterr()
+        code = left.value.code
+        if isinstance(code, str):  # as Python ends: the text on standard error, and 1
+            return SimpleNamespace(returncode=1, stdout=printed, stderr=f"{said}{code}\n")
+        return SimpleNamespace(returncode=code or 0, stdout=printed, stderr=said)
+
+    return run
+
+
+def test_the_script_runs_by_itself(tmp_path):
+    """Exits with what `compare` returns, also where no other test has put the repository on the path."""
+    path = recorded(tmp_path, reserved_gib=68.0, tokens_per_s=22_000)
+    command = [sys.executable, "-P", str(REPOSITORY / "benchmarks" / "check_plan.py"), "--compare", str(path)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "0 of 1 within" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_recorded_measurements_within_the_bounds_pass_and_are_written(compare, tmp_path):
     done = compare(recorded(tmp_path, reserved_gib=62.95, tokens_per_s=22_000), "--output", str(tmp_path / "plan"))
     assert done.returncode == 0, done.stderr
     assert "1 of 1 within 5% of memory and 10% of speed" in done.stdout
@@ -90,13 +122,13 @@ def test_recorded_beginnings_that_documents_share_count_in_attention(tmp_path):
 
 
 @pytest.mark.parametrize(("reserved_gib", "tokens_per_s"), [(68.0, 22_000), (62.95, 26_000)])
-def test_a_prediction_out_of_bounds_fails(tmp_path, reserved_gib, tokens_per_s):
+def test_a_prediction_out_of_bounds_fails(compare, tmp_path, reserved_gib, tokens_per_s):
     done = compare(recorded(tmp_path, reserved_gib=reserved_gib, tokens_per_s=tokens_per_s))
     assert done.returncode == 1
     assert "0 of 1 within" in done.stdout
 
 
-def test_a_configuration_that_ran_out_of_memory_fails_beside_others_that_hold(tmp_path):
+def test_a_configuration_that_ran_out_of_memory_fails_beside_others_that_hold(compare, tmp_path):
     failed = "OutOfMemoryError: CUDA out of memory"
     path = recorded(tmp_path, reserved_gib=62.95, tokens_per_s=22_000, failed=failed)
     done = compare(path, "--output", str(tmp_path / "plan"))
@@ -118,30 +150,27 @@ def test_a_configuration_that_ran_out_of_memory_fails_beside_others_that_hold(tm
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )  # fmt: skip
-def test_a_failed_measurement_is_recorded_by_what_it_failed_for(monkeypatch, error, recorded_as):
-    check_plan, bench, case = raising_bench(monkeypatch, error)
+def test_a_failed_measurement_is_recorded_by_what_it_failed_for(check_plan, error, recorded_as):
+    bench, case = raising_bench(error), check_plan.Case(**CASE)
     assert check_plan.row_of(bench, case)["failed"] == recorded_as
 
 
-def test_a_fault_of_the_program_is_no_row(monkeypatch):
-    check_plan, bench, case = raising_bench(monkeypatch, RuntimeError("shapes do not match"))
+def test_a_fault_of_the_program_is_no_row(check_plan):
+    bench = raising_bench(RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
-        check_plan.row_of(bench, case)
+        check_plan.row_of(bench, check_plan.Case(**CASE))
 
 
-def raising_bench(monkeypatch, error: Exception):
-    """(the module, a bench whose measurements end in `error`, a case)"""
-    monkeypatch.syspath_prepend(REPOSITORY)
-    from benchmarks import check_plan
+def raising_bench(error: Exception) -> SimpleNamespace:
+    """A bench whose measurements end in `error`."""
 
     def measure(case, after=None):
         raise error
 
-    bench = SimpleNamespace(arguments=SimpleNamespace(calibrate=False), measure=measure, say=lambda text: None)
-    return check_plan, bench, check_plan.Case(**CASE)
+    return SimpleNamespace(arguments=SimpleNamespace(calibrate=False), measure=measure, say=lambda text: None)
 
 
-def test_a_file_in_which_nothing_was_measured_fails(tmp_path):
+def test_a_file_in_which_nothing_was_measured_fails(compare, tmp_path):
     path = recorded(tmp_path, reserved_gib=62.95, tokens_per_s=22_000)
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"cases": values["cases"][1:]}))
@@ -150,7 +179,7 @@ def test_a_file_in_which_nothing_was_measured_fails(tmp_path):
     assert "0 of 0 within" in done.stdout
 
 
-def test_a_file_that_holds_no_measurements_gets_one_line(tmp_path):
+def test_a_file_that_holds_no_measurements_gets_one_line(compare, tmp_path):
     (tmp_path / "cpu.json").write_text(json.dumps({"environment": {"gpus": []}, "cases": []}))
     for name in ("missing.json", "cpu.json"):
         done = compare(tmp_path / name)
@@ -167,7 +196,10 @@ def test_errors_are_of_the_prediction():
 
 
 def test_a_probe_is_predicted_on_its_own_micro_batches():
-    config = load_config(REPOSITORY / "recipes/llama2-7b-dolly.yaml", ["data.max_length=256", "data.packing=bfd"])
+    config = load_config(REPOSITORY / "recipes/llama2-7b-dolly.yaml", [
+        "data.max_length=256", "data.packing=bfd",
+        "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2",
+    ])  # fmt: skip
     forecast = plan(config, gpu="h200", budget="22", synthetic="tiny")
     config = settle(forecast.config, replace(forecast.best[0], attention="sdpa"), forecast.budget_gib)
     assert config.train.memory_budget_gib == 22

@@ -9,10 +9,27 @@ from packloop.bench import plan as plans
 from packloop.bench.plan import parse_budget, plan
 from packloop.cli import main
 from packloop.config import load_config
+from packloop.data.loader import build_data
 from packloop.errors import InputError
 from packloop.gpus import GPUS
 
 RECIPE = "recipes/llama2-7b-dolly.yaml"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def documents_once():
+    """Rows are tokenised once for all tests here: nearly all of them plan for the bundled ones."""
+    made = {}
+
+    def build(data, tokenizer, *, seed):
+        key = data.model_dump_json(), tokenizer.name_or_path, seed
+        if key not in made:
+            made[key] = build_data(data, tokenizer, seed=seed)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "build_data", build)
+        yield
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:

@@ -104,17 +104,18 @@ def test_trains(real, tiny_llama, tmp_path, packing):
         "data.max_length": 256,
         "train.output_dir": tmp_path / "run",
         "train.per_device_train_batch_size": 2,
-        "train.max_steps": 4,
+        "train.gradient_accumulation_steps": 1,  # of 32,000 logits in bf16 a CPU makes a few hundred rows a second
+        "train.max_steps": 2,
         "checkpoint.every": "never",
     }
     command("train", base=tiny_llama, source=path, columns=columns, **settings)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
-    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         # A random model is about as good as a guess among 32,000 tokens.
         assert step["loss"] == pytest.approx(math.log(32000), rel=0.1)
-        assert 0 < step["label_tokens"] < step["real_tokens"] <= step["slot_tokens"] <= 2 * 2 * 256
+        assert 0 < step["label_tokens"] < step["real_tokens"] <= step["slot_tokens"] <= 2 * 256
         assert step["grad_norm"] > 0
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 

@@ -9,12 +9,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from packloop.bench.synthetic import shape_config
 from packloop.config import RunConfig, parse_config
 from packloop.engine.environment import describe_environment
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.model_card import write_adapter_card
 from packloop.engine.run_dir import write_run_files, write_weights
 
+# Of the bundled tokenizer.
+VOCABULARY = 2048
 TEXT = [
     "Write a note to the landlord about the leaking tap in the kitchen.",
     "Dear Ms Ortega, the tap in the kitchen leaks. Could you send somebody this week? Yours, Sam",
@@ -61,6 +64,15 @@ def save_base(directory: Path, *, dtype: torch.dtype = torch.float32, seed: int 
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | settings))
     save_tokenizer(directory)
+    return directory
+
+
+def save_small_shape(directory: Path) -> Path:
+    """The shape `tiny` with the bundled tokenizer's vocabulary, which `--synthetic` takes as it takes a name.
+
+    A sixteenth of the shape's own vocabulary: products with the head in bf16 are most of a step on many CPUs.
+    """
+    shape_config("tiny", vocab_size=VOCABULARY).save_pretrained(directory)
     return directory
 
 
