@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ from packloop.config import parse_config
 from packloop.data.loader import Batch, make_batch
 from packloop.data.packing import pack
 from packloop.data.tokenize import Documents
+from packloop.kernels import document_kernels
 
 LLAMA2_7B = SimpleNamespace(**SHAPES["llama2-7b"], tie_word_embeddings=False)
 LLAMA3_8B = SimpleNamespace(**SHAPES["llama3-8b"], tie_word_embeddings=False)
@@ -111,6 +114,20 @@ def test_what_is_executed_depends_on_the_way():
     by_mask, by_document = (executed_of(run(attention=name), [masked]) for name in ("sdpa", "varlen"))
     visited = 2 * (1000 * 1001 // 2) + 48 * 49 // 2
     assert by_mask - by_document == 32 * 4096 * 14 * (2048**2 - visited)
+
+
+def test_document_attention_executes_the_products_of_its_kernels():
+    source = Path(document_kernels.__file__).read_text()
+    products = {
+        function.name: sum(isinstance(node, ast.Attribute) and node.attr == "dot" for node in ast.walk(function))
+        for function in ast.walk(ast.parse(source))
+        if isinstance(function, ast.FunctionDef)
+    }
+    assert products["document_attention_forward_kernel"] == 2
+    both = products["_query_part"] + products["_key_part"]
+    micro = batch([2048, 2048])
+    by_document, others = (executed_of(run(attention=name), [micro]) for name in ("document", "flash_attn"))
+    assert by_document - others == 32 * 4096 * 2 * (both - 5) * 2048 * 2049
 
 
 def test_grouped_heads_have_smaller_projections():

@@ -11,6 +11,7 @@ from packloop.config import LoraConfig, ModelConfig
 from packloop.engine.model import load_model
 from packloop.engine.optim import FlatParameters
 from packloop.kernels import decoder_layer, lora_linear
+from packloop.kernels import linear_cross_entropy as linear_cross_entropy_module
 from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
 from packloop.kernels.lora_linear import _stacked
@@ -176,6 +177,51 @@ def test_it_refuses_what_it_does_not_compute(small_base):
         patched(model, attention="sdpa", fused=True),
     ):
         pass
+
+
+def test_it_refuses_adapters_in_half_precision(small_base):
+    model, _ = make_model(small_base, quantization="none", targets="all-linear")
+    assert why_not_fused(model) is None
+    model.base_model.model.model.layers[1].mlp.up_proj.lora_A["default"].bfloat16()
+    assert why_not_fused(model) == "adapters are contiguous and float32, and this model's are not"
+
+
+def test_a_residual_without_update_has_its_gradient(small_base):
+    """As where the embedding is trained, or another layer comes before the first."""
+    model, _ = make_model(small_base, quantization="none", targets="all-linear")
+    ids, positions, layout, *_ = micro_batch()
+    found = []
+    with patched(model, attention="sdpa", fused=True) as llama, torch.enable_grad():
+        layers = llama.model.forward.run_layers
+        layers._adapters.refresh()
+        batch = layers.batch(llama.model, positions, layout)
+        hidden = llama.model.embed_tokens(ids).detach().flatten(0, 1)
+        for update in (None, torch.zeros_like(hidden)):
+            residual = hidden.clone().requires_grad_()
+            x2, out = decoder_layer.decoder_layer(residual, update, layers.layers[0], batch)
+            (x2 + out).square().sum().backward()
+            found.append(residual.grad)
+    assert found[0].abs().max() > 0
+    assert torch.equal(*found)
+
+
+def test_a_trained_head_has_no_gradient_where_none_is_wanted(monkeypatch):
+    asked = []
+    plain = linear_cross_entropy_module.cross_entropy_
+
+    def spy(*arguments, needs_gradient, **options):
+        asked.append(needs_gradient)
+        return plain(*arguments, needs_gradient=needs_gradient, **options)
+
+    monkeypatch.setattr(linear_cross_entropy_module, "cross_entropy_", spy)
+    hidden, head = torch.randn(6, 8), torch.randn(40, 8, requires_grad=True)
+    index = torch.arange(5)
+    trained = linear_cross_entropy(hidden, head, index, index)
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(hidden, head, index, index)
+    assert asked == [True, False]
+    assert torch.equal(trained, evaluated)
+    assert not evaluated.requires_grad
 
 
 def test_head_in_chunks_equals_the_whole(monkeypatch):

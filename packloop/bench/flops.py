@@ -6,8 +6,9 @@ within each document: 12 x (pairs of query and key) x heads x head size, two pro
 
 Executed: the same for slots, padding included, less the input gradient of the first layer's q, k and v, which nothing
 waits for; the forward pass again of the layers that recompute; and attention as the backend does it. A fused kernel
-computes the scores a second time in its backward pass (14 instead of 12 a pair). `eager`, and `sdpa` on packed
-documents, do not skip the pairs that their mask hides.
+computes the scores a second time in its backward pass (14 instead of 12 a pair), and `document`, whose gradients of
+queries and of keys are two kernels, the scores and the probabilities' gradient twice there (18). `eager`, and `sdpa` on
+packed documents, do not skip the pairs that their mask hides.
 
 A beginning that documents of a micro-batch share (`Batch.prefix_of`) is needed by each of them, so it counts in each as
 if the document were alone, with its targets; executed is the one computation that serves them all. What is executed can
@@ -28,6 +29,9 @@ from packloop.config import LoraConfig, RunConfig
 from packloop.data.loader import Batch
 from packloop.engine.plan import count_layers
 from packloop.gpus import find_gpu
+
+# Products of attention's backward pass: dP, dQ, dK, dV, and the scores where they were not kept.
+_BACKWARD_PRODUCTS = {"eager": 4, "document": 7}
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,7 @@ def executed_flops(config: Any, run: RunConfig, work: Work) -> float:
     shapes, adapters = linear_shapes(config), adapter_parameters(config, run.lora)
     layers = slots * (4 * layer_parameters(config) + 6 * adapters)
     forward_attention = 4 * work.visited_pairs * _attended_features(config)
-    # dP, dQ, dK, dV, and the scores again where they were not kept.
-    backward_attention = forward_attention * (2.0 if run.kernels.attention == "eager" else 2.5)
+    backward_attention = forward_attention * _BACKWARD_PRODUCTS.get(run.kernels.attention, 5) / 2
     again = slots * 2 * (layer_parameters(config) + adapters)
     if run.kernels.layer == "fused":  # ends before the last product, whose output nothing needs again
         again -= slots * 2 * shapes["down_proj"][0] * shapes["down_proj"][1]

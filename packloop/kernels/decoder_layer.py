@@ -415,8 +415,9 @@ class _DecoderLayer(torch.autograd.Function):
         weights = _Weights(layer, for_backward=True, keeps=recomputes)
         if recomputes:
             kept, _, _ = _forward(layer, batch, weights, kept.x1, None, needs_output=False)
-        d_x1, gradients = _backward(layer, batch, weights, kept, d_out, needs_dx=ctx.needs_input_grad[0])
-        return d_x1, d_x1, None, None, *gradients
+        d_x1, gradients = _backward(layer, batch, weights, kept, d_out, needs_dx=any(ctx.needs_input_grad[:2]))
+        # The first layer has no update.
+        return d_x1, d_x1 if ctx.needs_input_grad[1] else None, None, None, *gradients
 
 
 def decoder_layer(

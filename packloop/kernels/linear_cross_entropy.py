@@ -122,11 +122,14 @@ def cross_entropy_(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH: Tensor, weight_VH: Tensor, label_index_N, label_ids_N, label_weights_N, by) -> Tensor:
+    def forward(
+        ctx, hidden_TH: Tensor, weight_VH: Tensor, label_index_N, label_ids_N, label_weights_N, by, grads
+    ) -> Tensor:
         accumulate_dtype = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
         loss_sum = torch.zeros((), dtype=accumulate_dtype, device=hidden_TH.device)
-        d_hidden_TH = torch.zeros_like(hidden_TH) if hidden_TH.requires_grad else None
-        d_weight_VH = torch.zeros_like(weight_VH, dtype=accumulate_dtype) if weight_VH.requires_grad else None
+        d_hidden_TH = torch.zeros_like(hidden_TH) if grads and hidden_TH.requires_grad else None
+        needs_d_weight = grads and weight_VH.requires_grad
+        d_weight_VH = torch.zeros_like(weight_VH, dtype=accumulate_dtype) if needs_d_weight else None
         needs_gradient = d_hidden_TH is not None or d_weight_VH is not None
         chunk = rows_per_chunk(weight_VH.shape[0], hidden_TH.element_size())
         # By slots, not by labels: a size that changes with every batch leaves memory in pieces.
@@ -155,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden_TH = d_hidden_TH * d_loss.to(d_hidden_TH.dtype)
         if d_weight_VH is not None:
             d_weight_VH = (d_weight_VH * d_loss).to(ctx.weight_dtype)
-        return d_hidden_TH, d_weight_VH, None, None, None, None
+        return d_hidden_TH, d_weight_VH, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -175,4 +178,6 @@ def linear_cross_entropy(
     gradient is computed in forward, so logits live one chunk long and are never kept; extra memory is d_hidden and one
     chunk of logits and hidden states, as large for any N. No host synchronisation.
     """
-    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, label_index_N, label_ids_N, label_weights_N, by)
+    # Within the function gradients are always off, so whether they are wanted is told from here.
+    grads = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, label_index_N, label_ids_N, label_weights_N, by, grads)

@@ -129,9 +129,13 @@ def why_not_fused(model: nn.Module) -> str | None:
         return "its linear layers have no bias, and this model's have"
     if config.hidden_act != "silu":
         return f"its activation is silu, and this model's is {config.hidden_act}"
+    wide = torch.promote_types(llama.model.norm.weight.dtype, torch.float32)
     for layer in llama.model.layers:
         for members in _GROUP_MEMBERS.values():
             adapters = [_adapter(layer.get_submodule(name)) for name in members]
+            masters = [weight for lora in adapters if lora for weight in (lora.a_rH, lora.b_Or)]
+            if any(weight.dtype != wide or not weight.is_contiguous() for weight in masters):
+                return f"adapters are contiguous and {str(wide).removeprefix('torch.')}, and this model's are not"
             dropouts = {_dropout_probability(layer.get_submodule(name)) for name in members}
             if len({lora.scaling for lora in adapters if lora}) > 1 or len(dropouts - {None}) > 1:
                 return "adapters on one input share a scaling and a dropout, and this model's differ"
