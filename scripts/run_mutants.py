@@ -107,7 +107,7 @@ def run_tests(name: str, copy: Path, files: list[str]) -> tuple[int, str]:
         "PACKLOOP_SHARED_DATA": os.environ.get("PACKLOOP_SHARED_DATA", str(REPOSITORY.parent / "shared" / "data")),
         "OMP_NUM_THREADS": "1",
     }
-    if any("def test_in_the_interpreter(" in (copy / file).read_text(encoding="utf-8") for file in files):
+    if any("\nfrom interpreter import" in (copy / file).read_text(encoding="utf-8") for file in files):
         environment["TRITON_INTERPRET"] = "1"  # or its tests of kernels would be skipped
     options = ["-x", "-q", "-rfE", "-p", "no:cacheprovider", "-k", prefix_of_tests(name)]
     command = [sys.executable, "-m", "pytest", *options, *files]

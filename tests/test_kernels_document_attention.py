@@ -1,7 +1,6 @@
 """Attention of packed documents on the CPU, in Triton's interpreter, against the oracles.
 
-The interpreter holds for a whole process, so an ordinary pytest run starts a second one on this file, as
-test_kernels_interpreted.py does. float32 only, for the same reasons; bf16 and long documents are tests/gpu's.
+test_interpreter.py runs this. float32 only, as test_kernels_interpreted.py; bf16 and long documents are tests/gpu's.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from interpreter import interpreted, needs_triton, ordinary, run_in_interpreter
+from interpreter import interpreted, ordinary
 
 from packloop.kernels import document_attention, reference
 from packloop.kernels.attention import DocumentLayout
@@ -30,12 +29,6 @@ from packloop.kernels.document_attention import (
 
 SCALE = 0.11
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-
-
-@ordinary
-@needs_triton
-def test_in_the_interpreter():
-    run_in_interpreter(__file__)
 
 
 LARGE = Tiles(owned=64, streamed=64, num_warps=4, num_stages=1)
@@ -112,9 +105,9 @@ def assert_equal_within_rounding(case: Case, backend: DocumentAttention, rotatio
     [
         ([1, 2, 63, 0, 64, 65, 100], (1, 1, 64)),
         ([65, 1], (2, 2, 128)),
-        ([130, 300], (1, 1, 64)),
+        ([130, 200], (1, 1, 64)),
         ([70, 13], (4, 1, 64)),
-        ([2, 65], (8, 1, 128)),
+        ([2, 40], (8, 1, 128)),
     ],
 )
 def test_forward_and_every_gradient(lengths: list[int], heads: tuple[int, int, int], rotates: bool):

@@ -1,7 +1,6 @@
 """Every Triton kernel on the CPU, in Triton's interpreter, against the oracles.
 
-The interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported and holds for a whole process, so an ordinary
-pytest run starts a second one on this file. float32 only: the interpreter's bf16 truncates, and its bf16 products are
+test_interpreter.py runs this. float32 only: the interpreter's bf16 truncates, and its bf16 products are
 wrong. Index overflow cannot be shown here (2^31 elements take hours); tests/gpu does it.
 """
 
@@ -9,10 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import interpreted, needs_triton, ordinary, run_in_interpreter
+from interpreter import interpreted
 
 from packloop.kernels import dropout, nf4, reference, rms_norm, rope, swiglu
 from packloop.kernels.adapters import AdapterCopies
+from packloop.kernels.linear_cross_entropy import cross_entropy_
 from packloop.kernels.lora_linear import (
     Dropout,
     Lora,
@@ -23,12 +23,6 @@ from packloop.kernels.lora_linear import (
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-
-
-@ordinary
-@needs_triton
-def test_in_the_interpreter():
-    run_in_interpreter(__file__)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -339,3 +333,21 @@ def test_lora_group_with_dropout():
     assert d_b[1] is None
     for value, target in pairs:
         torch.testing.assert_close(value, target, rtol=1e-5, atol=5e-5)
+
+
+# Head
+
+
+@interpreted
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("vocabulary", [40, 1000])
+def test_loss_and_gradient_of_weighted_targets(vocabulary: int, weighted: bool):
+    logits, labels = random(5, vocabulary), torch.tensor([3, 0, vocabulary - 1, 7, 7])
+    weights = torch.tensor([1.0, 3.0, 2.0, 1.0, 17.0]) if weighted else None
+    by_torch = logits.clone()
+    losses = [
+        cross_entropy_(x, labels, weights, needs_gradient=True, by=by)
+        for x, by in ((logits, "triton"), (by_torch, "torch"))
+    ]
+    assert_near(*losses)
+    assert_near(logits, by_torch)

@@ -1,6 +1,6 @@
 """The switches of single kernels: what each becomes, what is refused, and that only what was chosen runs.
 
-Whose kernel runs is shown in Triton's interpreter, as test_kernels_interpreted.py runs everything: in a second process.
+Whose kernel runs is shown in Triton's interpreter, by test_interpreter.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-from interpreter import interpreted, needs_triton, ordinary, run_in_interpreter
+from interpreter import interpreted, ordinary
 from small_job import read_metrics, small_config
 from test_fused_layer import make_model
 from test_kernels_patch import packed
@@ -47,12 +47,6 @@ OWN = {"matmul": "cublaslt", "gated": "quack", "token_reuse": "first_layer", "lo
 TRITONS = [name for name in NAMES if name not in OWN]
 FASTEST = {**dict.fromkeys(TRITONS, "triton"), **OWN}
 OTHERS = {"gated": "none", "token_reuse": "first_layer", "lora": "fused"}  # where the rest is torch's
-
-
-@ordinary
-@needs_triton
-def test_in_the_interpreter():
-    run_in_interpreter(__file__)
 
 
 def all_of(implementation: str, **others: str) -> Operations:

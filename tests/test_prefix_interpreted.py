@@ -1,15 +1,13 @@
-"""Whole layers over documents that share their beginning, by the attention that runs on a GPU, in Triton's interpreter.
-
-As test_kernels_document_attention.py: an ordinary pytest run starts a second one on this file.
-"""
+"""Whole layers over documents that share their beginning, by a GPU's attention, in Triton's interpreter."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import interpreted, needs_triton, ordinary, run_in_interpreter
+from interpreter import interpreted
 from test_engine_packed import load_model
 from test_prefix import batch_of, templated
+from tiny_run import save_base
 
 from packloop.data import layout as layout_module
 from packloop.data import prefix
@@ -22,15 +20,16 @@ from packloop.kernels.patch import packed_loss_sum, patched
 CPU = torch.device("cpu")
 
 
-@ordinary
-@needs_triton
-def test_in_the_interpreter():
-    run_in_interpreter(__file__)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """One layer of two query heads and one key/value head of 16: the interpreter takes its time."""
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return save_base(tmp_path_factory.mktemp("base"), hidden_size=32, **heads)
 
 
 @interpreted
-@pytest.mark.parametrize("options", [{"recompute_layers": 1, "keep_inputs_layers": 1}], ids=str)
-def test_losses_and_gradients_are_those_of_whole_documents(small_base, options, monkeypatch):
+@pytest.mark.parametrize("options", [{"recompute_layers": 1}], ids=str)
+def test_losses_and_gradients_are_those_of_whole_documents(base, options, monkeypatch):
     monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 8)
     monkeypatch.setattr(prefix, "LEAST_PREFIX", 3)
     packed = batch_of(templated(num_documents=2))
@@ -38,7 +37,7 @@ def test_losses_and_gradients_are_those_of_whole_documents(small_base, options, 
     assert shared.num_slots < packed.num_real_tokens
     results = []
     for batch, attention in ((packed, "eager"), (shared, "document")):
-        model = load_model(small_base)
+        model = load_model(base)
         flat = FlatParameters(model)
         # All but attention by PyTorch, which is not what this is about and takes less time.
         others = Operations(rms_norm="torch", swiglu="torch", cross_entropy="torch")
