@@ -126,7 +126,7 @@ class TrainConfig(Section):
     gradient_checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
         description="How many layers recompute their activations in the backward pass, with the same results; auto: as "
-        "few as the memory budget allows.",
+        "few as the memory budget allows; all of stock layers on a GPU, none on a CPU.",
     )
     memory_budget_gib: Annotated[float, Field(gt=0)] | None = Field(
         None,
@@ -150,8 +150,9 @@ class KernelsConfig(Section):
 
     attention: Literal["auto", "eager", "sdpa", "cudnn", "flash_attn", "varlen", "flash_attn_4", "document"] = Field(
         "auto",
-        description="auto: the fastest measured on this GPU and shape. cudnn is plain causal attention only: it cannot "
-        "keep packed documents apart.",
+        description="auto: the fastest measured on this GPU and shape; but document, untimed, where sharing beginnings "
+        "(prefix_reuse) is asked for or leaves out a twentieth of the slots; sdpa on a CPU. cudnn is plain causal "
+        "attention only: it cannot keep packed documents apart.",
     )
     layer: Literal["auto", "fused", "stock"] = Field(
         "auto",

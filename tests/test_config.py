@@ -97,6 +97,8 @@ BAD_OVERRIDES = [
     ("train.eval_every=0", "train.eval_every=0: allowed: epoch or a whole number of at least 1"),
     ("train.seed=-1", "train.seed=-1: allowed: a whole number of at least 0"),
     ("kernels.attention=flash", "kernels.attention='flash': allowed: auto, eager, sdpa, ", "nearest: flash_attn"),
+    ("kernels.gated=torch", "kernels.gated='torch': allowed: auto, quack, none"),
+    ("kernels.token_reuse=torch", "kernels.token_reuse='torch': allowed: auto, first_layer, none"),
     ("checkpoint.every=epochs", "checkpoint.every='epochs': allowed: epoch, never or a whole number", "nearest: epoch"),
     ("checkpoint.keep=0", "checkpoint.keep=0: allowed: a whole number of at least 1"),
     ("log.trackers=tensorboard", "log.trackers='tensorboard': allowed: a list of tensorboard, wandb, mlflow, trackio"),

@@ -10,8 +10,9 @@ from small_job import small_config
 
 from packloop.bench.steps import Job
 from packloop.bench.synthetic import random_model, shape_config
+from packloop.config import parse_config
 from packloop.data.loader import build_data
-from packloop.engine import memory, plan
+from packloop.engine import memory, out_of_memory, plan
 from packloop.engine.budget import GIB, is_out_of_memory
 from packloop.engine.memory import Passes
 from packloop.engine.model import load_tokenizer
@@ -20,6 +21,7 @@ from packloop.errors import OutOfMemoryError
 from packloop.kernels.operations import AUTO
 
 MICRO = (torch.zeros(1, 8, dtype=torch.long),)
+SETTLED = parse_config({"kernels": {"layer": "fused", "attention": "sdpa", "gated": "none"}})
 FIELDS = ("recompute_layers", "cached_layers", "keep_inputs_layers")
 OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -67,7 +69,7 @@ def test_a_plan_leaves_the_generators_as_they_were(model, monkeypatch):
     monkeypatch.setattr(memory, "_run_passes", lambda *_arguments: Passes(GIB, 0))
     monkeypatch.setattr(memory, "_measure", measure)
     before = torch.get_rng_state()
-    found, _ = memory.plan_memory(model, MICRO, attention="sdpa", fixed={}, budget_gib=None, paged_bytes=0)
+    found, _ = memory.plan_memory(model, MICRO, config=SETTLED, fixed={}, paged_bytes=0)
     assert found == MemoryPlan(recompute_layers=0, cached_layers=layers, keep_inputs_layers=layers)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -88,9 +90,7 @@ def planned(model, monkeypatch):
         monkeypatch.setattr(memory, "_run_passes", run_passes)
         monkeypatch.setattr(memory, "_measure", lambda *_arguments: costs)
         fixed = {} if fixed is None else fixed
-        found, why = memory.plan_memory(
-            model, MICRO, attention="sdpa", fixed=fixed, budget_gib=None, paged_bytes=paged_bytes
-        )
+        found, why = memory.plan_memory(model, MICRO, config=SETTLED, fixed=fixed, paged_bytes=paged_bytes)
         return found, why, tried
 
     return run
@@ -179,8 +179,57 @@ def test_a_plan_without_memory_does_not_fit_whoever_wanted_it(model, passes_rais
     model.train()
     assert memory._run_passes(model, MICRO, MemoryPlan(0, 0, 0), "sdpa", AUTO) is None
     assert model.training
-    with pytest.raises(OutOfMemoryError, match="out of memory with every layer recomputed"):
-        memory.plan_memory(model, MICRO, attention="sdpa", fixed={}, budget_gib=None, paged_bytes=0)
+    with pytest.raises(OutOfMemoryError, match="out of memory with 2 layers recomputed, 0 with"):
+        memory.plan_memory(model, MICRO, config=SETTLED, fixed={}, paged_bytes=0)
+
+
+REMEDIES = {
+    "recompute_layers": "train.gradient_checkpointing=all",
+    "cached_layers": "kernels.dequant_cache=none",
+    "keep_inputs_layers": "kernels.keep_inputs=none",
+}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "advised"),
+    [
+        ({}, []),
+        ({"recompute_layers": 0}, ["recompute_layers"]),
+        ({"recompute_layers": 2}, []),
+        ({"cached_layers": 2}, ["cached_layers"]),
+        ({"keep_inputs_layers": 2}, []),
+        ({"recompute_layers": 1, "keep_inputs_layers": 2}, ["recompute_layers", "keep_inputs_layers"]),
+        ({"recompute_layers": 0, "cached_layers": 1}, ["recompute_layers", "cached_layers"]),
+        ({"cached_layers": 0, "keep_inputs_layers": 0}, []),
+    ],
+    ids=str,
+)
+def test_where_the_smallest_plan_does_not_run_what_is_set_is_told_and_what_to_set(model, monkeypatch, fixed, advised):
+    monkeypatch.setattr(memory, "settle_on_gpu", lambda *_arguments: (80.0, None))
+    monkeypatch.setattr(memory, "_run_passes", lambda *_arguments: None)
+    assert model.config.num_hidden_layers == 2
+    with pytest.raises(OutOfMemoryError) as caught:
+        memory.plan_memory(model, MICRO, config=SETTLED, fixed=fixed, paged_bytes=0)
+    first, *rows, told = str(caught.value).splitlines()
+    smallest = MemoryPlan(**{"recompute_layers": 2, "cached_layers": 0, "keep_inputs_layers": 0, **fixed})
+    assert first == f"out of memory with {smallest}; predicted:"
+    parts = [row.rsplit(maxsplit=2)[0].strip() for row in rows]
+    assert ("cached dequantised weights" in parts) == (smallest.cached_layers > 0)
+    assert parts[0] == "base weights"
+    assert parts[-3:] == ["reserved in all", "paged optimizer state", "allowed"]
+    use = f"use {', or '.join(REMEDIES[field] for field in advised)}, also with --resume; " if advised else ""
+    assert told.startswith(f"{use}in a new run: a lower train.per_device_train_batch_size with more")
+    assert [field for field, text in REMEDIES.items() if text in told] == advised
+
+
+def test_a_budget_in_the_way_is_to_be_raised(model, monkeypatch):
+    monkeypatch.setattr(memory, "settle_on_gpu", lambda *_arguments: (20.0, None))
+    monkeypatch.setattr(memory, "_run_passes", lambda *_arguments: None)
+    monkeypatch.setattr(out_of_memory, "may_be_raised", lambda budget_gib: budget_gib == 20.0)
+    config = SETTLED.model_copy(update={"train": SETTLED.train.model_copy(update={"memory_budget_gib": 20.0})})
+    told = r"allowed +20\.00 GiB\nuse a higher train\.memory_budget_gib, also with --resume; in a new run"
+    with pytest.raises(OutOfMemoryError, match=told):
+        memory.plan_memory(model, MICRO, config=config, fixed={}, paged_bytes=0)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), ValueError("out of memory")])

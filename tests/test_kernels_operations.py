@@ -79,6 +79,15 @@ def test_auto_is_the_fastest_on_a_gpu_and_torch_elsewhere(monkeypatch):
     assert choose_operations(AUTO, CUDA, fused=True) == all_of("torch")
 
 
+@ordinary
+def test_a_value_that_an_operation_does_not_have_is_refused():
+    """Of token_reuse anything but `none` would be the reuse."""
+    with pytest.raises(ValueError, match=r"kernels\.token_reuse='torch': allowed: auto, first_layer, none"):
+        Operations(token_reuse="torch")
+    with pytest.raises(ValueError, match=r"kernels\.matmul='triton'"):
+        dataclasses.replace(AUTO, matmul="triton")
+
+
 def on_hopper(monkeypatch, capability: tuple[int, int] = (9, 0), without: str | None = None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(gated, "_why_not_installed", lambda: without)

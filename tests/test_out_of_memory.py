@@ -11,10 +11,12 @@ import torch
 from small_job import small_config, too_long, write_rows
 
 from packloop import cli
-from packloop.config import dump_config
-from packloop.engine import generate, loop
+from packloop.config import RunConfig, changed_keys, dump_config, parse_config
+from packloop.engine import generate, loop, out_of_memory
 from packloop.engine.loop import train
-from packloop.errors import OutOfMemoryError
+from packloop.engine.out_of_memory import less_memory, remedies
+from packloop.engine.run_dir import config_for_resume, may_change_on_resume
+from packloop.errors import ConfigError, OutOfMemoryError
 
 # As CUDA's allocator, cuBLAS and the host's allocator say it.
 SAID = [
@@ -51,9 +53,11 @@ def test_a_step_that_finds_no_room_tells_where_memory_went(tmp_path, monkeypatch
         "adapter, its gradient",
         "optimizer state",
     ]
-    assert remedies.startswith("use train.gradient_checkpointing=all, or kernels.attention=auto, or ")
-    for setting in ("train.optim=paged_adamw_32bit", "model.quantization=nf4", "data.max_length", "lora.r"):
-        assert setting in remedies
+    resumed, _, in_a_new_run = remedies.partition("; in a new run: ")
+    assert resumed == ("use train.gradient_checkpointing=all, or train.optim=paged_adamw_32bit, also with --resume")
+    assert in_a_new_run == (
+        "kernels.attention=auto, or model.quantization=nf4, or a lower data.max_length, or a lower lora.r"
+    )
 
 
 @pytest.mark.parametrize("said", SAID, ids=lambda error: str(error)[:20])
@@ -95,7 +99,7 @@ def test_a_model_that_finds_no_room_is_told_without_a_table(small_base, tmp_path
 
     monkeypatch.setattr(loop, "load_model", load)
     config = small_config(small_base, write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run")
-    told = r"out of memory while the model was loaded \(CUDA out of memory\); use model.quantization=nf4, or a GPU"
+    told = r"while the model was loaded \(CUDA out of memory\); in a new run: model.quantization=nf4, or a GPU"
     with pytest.raises(OutOfMemoryError, match=told):
         train(config)
 
@@ -136,3 +140,76 @@ def test_remedies_are_those_that_the_configuration_leaves(small_base, tmp_path, 
     assert "gradient_checkpointing" not in remedies
     assert "kernels." not in remedies
     assert "a lower train.per_device_train_batch_size with more train.gradient_accumulation_steps" in remedies
+
+
+# Settings that take more memory than they must; and for each setting that a remedy may name, what it advises.
+COSTLY = {
+    "model": {"quantization": "none"},
+    "train": {"gradient_checkpointing": "none", "memory_budget_gib": 20.0, "per_device_train_batch_size": 4},
+    "kernels": {"layer": "fused", "attention": "eager", "dequant_cache": "none", "keep_inputs": "all"},
+}
+ADVISED = {
+    "train.gradient_checkpointing": "all",
+    "kernels.dequant_cache": "none",
+    "kernels.keep_inputs": "none",
+    "train.memory_budget_gib": 22.0,
+    "train.optim": "paged_adamw_32bit",
+    "kernels.attention": "auto",
+    "train.per_device_train_batch_size": 2,
+    "model.quantization": "nf4",
+    "data.max_length": 1024,
+    "lora.r": 32,
+}
+
+
+def changed(config: RunConfig, key: str, value: object) -> RunConfig:
+    values = config.model_dump()
+    section, name = key.split(".")
+    values[section][name] = value
+    return parse_config(values)
+
+
+def test_what_is_advised_for_a_resumed_run_is_accepted_by_one_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(out_of_memory, "may_be_raised", lambda budget_gib: budget_gib is not None)
+    costly = parse_config(COSTLY)
+    cached = changed(changed(costly, "model.quantization", "nf4"), "kernels.dequant_cache", 7)
+    unpaged = changed(changed(costly, "train.memory_budget_gib", None), "train.optim", "adamw_32bit")
+    met = set()
+    for config in (costly, cached, unpaged):
+        (tmp_path / "config.resolved.yaml").write_text(dump_config(config))
+        unchanged = config_for_resume(config, tmp_path)
+        resumed, _, in_a_new_run = remedies(config, 32).partition("; in a new run: ")
+        for key, text in less_memory(config, 32).items():
+            met.add(key)
+            given = changed(config, key, ADVISED[key])
+            assert (text in resumed) != (text in in_a_new_run), text
+            if text in resumed:
+                assert list(changed_keys(unchanged, config_for_resume(given, tmp_path))) == [key]
+            elif ADVISED[key] == "auto":  # stands for what the checkpoint has
+                assert config_for_resume(given, tmp_path) == unchanged
+            else:
+                with pytest.raises(ConfigError, match="cannot resume under another configuration"):
+                    config_for_resume(given, tmp_path)
+    assert met == set(ADVISED)
+    assert {key for key in met if may_change_on_resume(key)} == {
+        "train.gradient_checkpointing",
+        "train.memory_budget_gib",
+        "train.optim",
+        "kernels.dequant_cache",
+        "kernels.keep_inputs",
+    }
+
+
+def test_nothing_is_advised_that_takes_no_less(monkeypatch):
+    monkeypatch.setattr(out_of_memory, "may_be_raised", lambda budget_gib: False)
+
+    def of_memory(**kernels) -> list[str]:
+        config = parse_config({"train": {"gradient_checkpointing": 32}, "kernels": kernels})
+        return [key for key in less_memory(config, 32) if key.startswith("kernels.") or "checkpointing" in key]
+
+    assert of_memory(layer="fused", dequant_cache=0, keep_inputs="all") == [], "layers that recompute keep no inputs"
+    assert of_memory(layer="fused", dequant_cache=1, keep_inputs=0) == ["kernels.dequant_cache"]
+    assert of_memory(layer="stock", dequant_cache="all", keep_inputs="all") == []
+    assert less_memory(parse_config({"train": {"optim": "adamw_32bit", "memory_budget_gib": 9.0}}), None) == {
+        "GPU": "a GPU with more memory"
+    }, "a budget counts paged state too"

@@ -250,6 +250,44 @@ def test_what_does_not_touch_the_numbers_may_change(whole, small_base, small_row
     assert [values for values in read_metrics(tmp_path / "run") if "loss" in values] == expected
 
 
+@pytest.mark.parametrize("given", [{"gradient_checkpointing": "all"}, {}], ids=str)
+def test_a_run_goes_on_with_less_memory_and_the_same_losses(whole, small_base, small_rows, tmp_path, given, caplog):
+    """The file says `auto`, which on a CPU recomputes nothing."""
+    config = config_of(small_base, small_rows, tmp_path / "run", kernels={"keep_inputs": 2})
+
+    def stop(values: dict) -> None:
+        if values["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert train(config, on_step=stop).state.step == 6
+    caplog.clear()
+    resumed = config_of(small_base, small_rows, tmp_path / "run", train=given, kernels={"keep_inputs": 2})
+    with caplog.at_level("INFO", logger="packloop"):
+        train(resumed, resume="latest")
+    told = [message for message in caplog.messages if message.startswith("resumed with another use of memory")]
+    which = [line.rpartition(": ")[2] for line in told]
+    assert which == (["train.gradient_checkpointing 0 -> all"] if given else [])
+    for directory in (tmp_path / "run", tmp_path / "run/checkpoints/latest"):
+        if directory.is_file():
+            directory = directory.with_name(directory.read_text().strip())
+        written = yaml.safe_load((directory / "config.resolved.yaml").read_text())
+        assert written["train"]["gradient_checkpointing"] == given.get("gradient_checkpointing", 0)
+        assert written["kernels"]["keep_inputs"] == 2
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_auto_stands_for_the_checkpoints_choice_under_another_budget_too(tmp_path, caplog):
+    saved = {"train": {"gradient_checkpointing": 12}, "kernels": {"dequant_cache": 3, "keep_inputs": "all"}}
+    (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(saved))
+    given = parse_config({"train": {"memory_budget_gib": 22.0}, "kernels": {"keep_inputs": "none"}})
+    with caplog.at_level("INFO", logger="packloop"):
+        config = config_for_resume(given, tmp_path)
+    assert (config.train.gradient_checkpointing, config.train.memory_budget_gib) == (12, 22.0)
+    assert (config.kernels.dequant_cache, config.kernels.keep_inputs) == (3, "none")
+    (told,) = caplog.messages
+    assert told.endswith(": train.memory_budget_gib null -> 22.0, kernels.keep_inputs all -> none")
+
+
 def test_resumed_from_an_older_checkpoint_the_newer_ones_are_set_aside(whole, small_base, small_rows, tmp_path):
     """`latest` must not return to a continuation that was given up, whose steps metrics.jsonl no longer has."""
     shutil.copytree(whole, tmp_path / "run")

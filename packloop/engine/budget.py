@@ -58,6 +58,14 @@ def check_budget(budget_gib: float | None, device: torch.device) -> str | None:
     return None if device.type != "cuda" else settle_on_gpu(budget_gib, device)[1]
 
 
+def may_be_raised(budget_gib: float | None) -> bool:
+    """Whether a budget is what limits memory on the current GPU, which has more."""
+    if budget_gib is None or not torch.cuda.is_available():
+        return False
+    total_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+    return budget_gib < float(_down(total_gib - CONTEXT_GIB))
+
+
 def limit_memory(budget_gib: float | None, paged_bytes: int = 0, device: torch.device | None = None) -> int | None:
     """From here on torch may reserve what the budget leaves beside paged optimizer state, which it does not count.
 

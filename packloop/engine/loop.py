@@ -172,7 +172,7 @@ def _train(
     if resume:
         with accelerator.main_process_first():  # which sets damaged checkpoints aside, so that the others find none
             checkpoint = find_checkpoint(run_dir, resume)
-        config = config_for_resume(config, checkpoint.path)
+        account.config = config = config_for_resume(config, checkpoint.path)
     check_budget(config.train.memory_budget_gib, accelerator.device)
 
     tokenizer = load_tokenizer(config.model)

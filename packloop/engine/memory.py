@@ -14,9 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from packloop.config import RunConfig
 from packloop.engine.budget import GIB, is_out_of_memory, limit_memory, settle_on_gpu
-from packloop.engine.out_of_memory import held, table
+from packloop.engine.out_of_memory import held, remedies, table
+from packloop.engine.planner.allocations import MicroBatch
+from packloop.engine.planner.memory import MemoryModel
 from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price, choose_plan, fits_bytes, smallest_plan
+from packloop.engine.planner.shape import ModelShape
 from packloop.errors import OutOfMemoryError
 from packloop.kernels.activation_bytes import activation_bytes
 from packloop.kernels.decoder_layer import FusedLayer, decoder_layer
@@ -51,28 +55,33 @@ def enforce_budget(model: nn.Module, budget_gib: float | None, paged_bytes: int,
         return
     torch.cuda.empty_cache()
     if torch.cuda.memory_reserved(device) > allowed_bytes:
-        raise OutOfMemoryError(_table(model, budget_gib * GIB, paged_bytes))
+        listed = table(held(model, paged_bytes) | {"allowed": round(budget_gib * GIB)})
+        raise OutOfMemoryError(
+            f"train.memory_budget_gib={budget_gib:g} does not hold the model:\n{listed}\n"
+            "raise it, also with --resume; in a new run: a lower lora.r, or model.quantization=nf4 where it is none"
+        )
 
 
 def plan_memory(
     model: nn.Module,
     micro: tuple,
     *,
-    attention: str,
+    config: RunConfig,
     fixed: dict[str, int],
-    budget_gib: float | None,
     paged_bytes: int,
     operations: Operations = AUTO,
 ) -> tuple[MemoryPlan, str]:
     """(plan, why) for a fused model on CUDA whose weights, gradients and optimizer state are in place.
 
-    micro: one full micro-batch as `engine.batch.to_device` returns it. fixed: fields of the plan that are not free.
-    budget_gib: memory allowed, reserved and paged together, as `settle_on_gpu` has it; `enforce_budget` limits it.
+    micro: one full micro-batch as `engine.batch.to_device` returns it. config: settled but for the plan's fields.
+    fixed: those of them that are not free. The budget is of memory reserved and paged together, as `settle_on_gpu` has
+    it; `enforce_budget` limits it.
     A plan whose passes need a retry of the allocator gives way to a smaller one; the smallest need only run.
     Raises OutOfMemoryError where even that does not. Gradients are left zeroed, generators as they were.
     """
     device = micro[0].device
-    budget_bytes = settle_on_gpu(budget_gib, device)[0] * GIB
+    attention = config.kernels.attention
+    budget_bytes = settle_on_gpu(config.train.memory_budget_gib, device)[0] * GIB
     llama = find_llama(model)
     num_layers = len(llama.model.layers)
     smallest = smallest_plan(num_layers, fixed)
@@ -80,7 +89,7 @@ def plan_memory(
         return smallest, "as set"
     least = _run_passes(model, micro, smallest, attention, operations)
     if least is None:
-        raise OutOfMemoryError(_table(model, budget_bytes, paged_bytes, num_slots=micro[0].numel()))
+        raise OutOfMemoryError(_does_not_fit(smallest, llama, micro, config, budget_bytes))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         costs = _measure(llama, micro, attention, operations)
     allowed_bytes = budget_bytes - paged_bytes
@@ -196,26 +205,20 @@ def _forget() -> None:
     torch.cuda.empty_cache()
 
 
-def _table(model: nn.Module, budget_bytes: float, paged_bytes: int, num_slots: int = 0) -> str:
-    """Where the memory goes, for the error: weights, trained state, with every layer recomputed; and what to change.
-
-    num_slots: of a micro-batch, 0 where it is not one that does not fit.
-    """
-    llama = find_llama(model)
-    num_layers, hidden = len(llama.model.layers), llama.config.hidden_size
-    rows = held(model, paged_bytes)
-    if num_slots:
-        kept_bytes = num_layers * num_slots * hidden * llama.model.norm.weight.element_size()
-        rows[f"inputs of {num_layers} layers, {num_slots:,} slots"] = kept_bytes
-    rows["allowed"] = int(budget_bytes)
-    listed = table(rows)
-    if not num_slots:
-        return (
-            f"train.memory_budget_gib={budget_bytes / GIB:g} does not hold the model:\n{listed}\n"
-            "raise it, lower lora.r, or use model.quantization=nf4 where it is none"
-        )
-    return (
-        f"out of memory with every layer recomputed:\n{listed}\n"
-        "lower train.per_device_train_batch_size (and raise gradient_accumulation_steps), data.max_length or lora.r, "
-        "or raise train.memory_budget_gib"
+def _does_not_fit(plan: MemoryPlan, llama: nn.Module, micro: tuple, config: RunConfig, budget_bytes: float) -> str:
+    """For the error: the smallest plan there is, where its memory goes as predicted, and what to change."""
+    shape, slots = ModelShape.of_run(llama.config, config), MicroBatch(micro[0].numel(), config.kernels.attention)
+    is_paged = config.train.optim == "paged_adamw_32bit"
+    forecast = MemoryModel(shape, slots, is_paged=is_paged).forecast(plan)
+    rows = forecast.parts_gib | {"reserved in all": forecast.reserved_gib}
+    if is_paged:
+        rows["paged optimizer state"] = forecast.managed_gib
+    listed = table({name: round(gib * GIB) for name, gib in rows.items()} | {"allowed": round(budget_bytes)})
+    layers = {"dequant_cache": plan.cached_layers, "keep_inputs": plan.keep_inputs_layers}
+    tried = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"gradient_checkpointing": plan.recompute_layers}),
+            "kernels": config.kernels.model_copy(update=layers),
+        }
     )
+    return f"out of memory with {plan}; predicted:\n{listed}\n{remedies(tried, len(llama.model.layers))}"

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from packloop.config import RunConfig
-from packloop.engine.budget import GIB, is_out_of_memory
+from packloop.engine.budget import GIB, is_out_of_memory, may_be_raised
+from packloop.engine.planner.policy import count_layers
+from packloop.engine.run_dir import may_change_on_resume
 from packloop.errors import OutOfMemoryError
 from packloop.kernels.patch import find_llama
 
@@ -39,14 +41,15 @@ class MemoryAccount:
 
     def _describe(self, said: str) -> str:
         if self.model is None:
-            return f"out of memory while the model was loaded ({said}); {self._remedies()}"
+            return f"out of memory while the model was loaded ({said}); {remedies(self.config, None)}"
         listed = table(self._rows())
-        return f"out of memory ({said}):\n{listed}\n{self._remedies()}"
+        num_layers = find_llama(self.model).config.num_hidden_layers
+        return f"out of memory ({said}):\n{listed}\n{remedies(self.config, num_layers)}"
 
     def _rows(self) -> dict[str, int]:
         rows = held(self.model, self.paged_bytes)
-        cached = self.config.kernels.dequant_cache
-        if isinstance(cached, int) and cached:
+        cached = _num_cached(self.config, find_llama(self.model).config.num_hidden_layers)
+        if cached and self.config.kernels.dequant_cache != "auto":
             rows[f"dequantised weights of {cached} layers"] = cached * _layer_bytes(self.model)
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
@@ -56,27 +59,63 @@ class MemoryAccount:
             rows["of the GPU"] = torch.cuda.mem_get_info()[1]
         return rows
 
-    def _remedies(self) -> str:
-        """The settings that take less, those that change nothing of what is learnt first."""
-        train, kernels, model = self.config.train, self.config.kernels, self.config.model
-        found = []
-        num_layers = None if self.model is None else find_llama(self.model).config.num_hidden_layers
-        if num_layers and train.gradient_checkpointing not in ("all", num_layers):
-            found.append("train.gradient_checkpointing=all")
-        if num_layers and kernels.dequant_cache not in ("none", 0):
-            found.append("kernels.dequant_cache=none")
-        if num_layers and kernels.keep_inputs not in ("none", 0):
-            found.append("kernels.keep_inputs=none")
-        if num_layers and kernels.attention == "eager":
-            found.append("kernels.attention=auto")
-        if num_layers and train.per_device_train_batch_size > 1:
-            found.append("a lower train.per_device_train_batch_size with more train.gradient_accumulation_steps")
-        if train.optim != "paged_adamw_32bit":
-            found.append("train.optim=paged_adamw_32bit")
-        if model.quantization == "none" and self.config.lora.enabled:
-            found.append("model.quantization=nf4")
-        found += ["a lower data.max_length", "a lower lora.r"] if num_layers else ["a GPU with more memory"]
-        return f"use {', or '.join(found)}"
+
+def remedies(config: RunConfig, num_layers: int | None) -> str:
+    """What to change so that a run takes less memory, and what of that a resumed run takes too."""
+    advised = less_memory(config, num_layers)
+    resumed = [text for key, text in advised.items() if may_change_on_resume(key)]
+    others = [text for key, text in advised.items() if not may_change_on_resume(key)]
+    parts = [f"use {', or '.join(resumed)}, also with --resume"] if resumed else []
+    if others:
+        parts.append(f"in a new run: {', or '.join(others)}")
+    return "; ".join(parts)
+
+
+def less_memory(config: RunConfig, num_layers: int | None) -> dict[str, str]:
+    """Setting -> how it takes less memory than in this configuration; first what changes nothing of what is learnt.
+
+    num_layers: of the model, None until it is loaded. A number of layers that is still `auto` counts as the costliest.
+    """
+    train, kernels = config.train, config.kernels
+    found = {}
+    if num_layers:
+        recomputed = _count(train.gradient_checkpointing, num_layers, auto=0)
+        keeps_inputs = kernels.layer != "stock" and _count(kernels.keep_inputs, num_layers, auto=num_layers) > 0
+        if recomputed < num_layers:
+            found["train.gradient_checkpointing"] = "train.gradient_checkpointing=all"
+        if _num_cached(config, num_layers):
+            found["kernels.dequant_cache"] = "kernels.dequant_cache=none"
+        if keeps_inputs and recomputed < num_layers:  # a layer that recomputes has none to keep
+            found["kernels.keep_inputs"] = "kernels.keep_inputs=none"
+    if may_be_raised(train.memory_budget_gib):
+        found["train.memory_budget_gib"] = "a higher train.memory_budget_gib"
+    if train.optim != "paged_adamw_32bit" and train.memory_budget_gib is None:  # a budget counts paged state as well
+        found["train.optim"] = "train.optim=paged_adamw_32bit"
+    if num_layers and kernels.attention == "eager":
+        found["kernels.attention"] = "kernels.attention=auto"
+    if num_layers and train.per_device_train_batch_size > 1:
+        less = "a lower train.per_device_train_batch_size with more train.gradient_accumulation_steps"
+        found["train.per_device_train_batch_size"] = less
+    if config.model.quantization == "none" and config.lora.enabled:
+        found["model.quantization"] = "model.quantization=nf4"
+    if num_layers:
+        found["data.max_length"] = "a lower data.max_length"
+    if num_layers and config.lora.enabled:
+        found["lora.r"] = "a lower lora.r"
+    if not num_layers:
+        found["GPU"] = "a GPU with more memory"
+    return found
+
+
+def _num_cached(config: RunConfig, num_layers: int) -> int:
+    """Layers whose dequantised weights are kept: none of a stock layer or an unquantised base."""
+    if config.kernels.layer == "stock" or config.model.quantization == "none":
+        return 0
+    return _count(config.kernels.dequant_cache, num_layers, auto=num_layers)
+
+
+def _count(setting: str | int, num_layers: int, *, auto: int) -> int:
+    return auto if setting == "auto" else count_layers(setting, num_layers)
 
 
 def held(model: nn.Module, paged_bytes: int) -> dict[str, int]:

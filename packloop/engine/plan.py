@@ -19,7 +19,7 @@ from packloop.data.prefix import CommonPrefix
 from packloop.engine.batch import to_device
 from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory
-from packloop.engine.planner.policy import MemoryPlan
+from packloop.engine.planner.policy import MemoryPlan, count_layers
 from packloop.errors import ConfigError
 from packloop.kernels.attention import (
     FLAT,
@@ -116,11 +116,6 @@ def finds_tokens(config: RunConfig) -> bool:
 
 def _adapts_attention(target_modules: str | list[str]) -> bool:
     return target_modules == "all-linear" or bool({"q_proj", "k_proj", "v_proj"} & set(target_modules))
-
-
-def count_layers(setting: str | int, num_layers: int) -> int:
-    """`all`, `none` or a number as a number of layers, at most all of them."""
-    return min({"all": num_layers, "none": 0}.get(setting, setting), num_layers)
 
 
 def _resolve_kernels(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> RunConfig:
@@ -274,9 +269,8 @@ def _plan(
     plan, why = plan_memory(
         model,
         to_device(largest_micro(config, loader), device),
-        attention=config.kernels.attention,
+        config=config,
         fixed=fixed,
-        budget_gib=config.train.memory_budget_gib,
         paged_bytes=paged_bytes,
         operations=operations_of(config),
     )

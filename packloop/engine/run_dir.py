@@ -33,6 +33,14 @@ _UNNAMED = {
 _INSTEAD_ON_RESUME = {"kernels.gated": "none"}
 # Settings that do not touch the numbers of a run, so a resumed run may have others.
 _FREE_ON_RESUME = ("train.output_dir", "train.eval_every", "checkpoint.", "log.")
+# Where a run keeps what it computes with: a run that memory ended goes on with others, and says which.
+_MEMORY_ON_RESUME = (
+    "train.gradient_checkpointing",
+    "train.memory_budget_gib",
+    "train.optim",
+    "kernels.dequant_cache",
+    "kernels.keep_inputs",
+)
 
 
 def check_output_dir(path: Path, *, resume: str | None) -> None:
@@ -44,28 +52,43 @@ def check_output_dir(path: Path, *, resume: str | None) -> None:
         )
 
 
+def may_change_on_resume(key: str) -> bool:
+    """Whether a resumed run may have another value of this setting, given as section.key, than its checkpoint."""
+    return key.startswith(_FREE_ON_RESUME) or key in _MEMORY_ON_RESUME
+
+
 def config_for_resume(given: RunConfig, checkpoint_dir: Path) -> RunConfig:
     """The configuration to continue with: as given, with the choices that `auto` made in the checkpoint's run.
 
-    ConfigError names every setting that differs and would change the run's numbers.
+    Another use of memory is logged. ConfigError names every setting that differs and would change the run's numbers.
     """
     old = _resolved_config(checkpoint_dir / "config.resolved.yaml")
     values = given.model_dump()
-    changed = {}
+    changed, of_memory = {}, []
     for key, (before, now) in changed_keys(old, given).items():
         if now == "auto":
             section, name = key.split(".")
             values[section][name] = getattr(getattr(old, section), name)
         elif _INSTEAD_ON_RESUME.get(key) == now:
             logger.warning("%s=%s in the checkpoint, %s from here on: equal to rounding only", key, before, now)
-        elif not key.startswith(_FREE_ON_RESUME):
+        elif key in _MEMORY_ON_RESUME:
+            of_memory.append(f"{key} {_shown(before)} -> {_shown(now)}")
+        elif not may_change_on_resume(key):
             changed[key] = f"{key}: {before!r} in the checkpoint, {now!r} given"
     if changed:
         raise ConfigError(
             f"cannot resume under another configuration ({'; '.join(changed.values())}); "
             "give the checkpoint's values, or start a new run in another train.output_dir"
         )
+    if of_memory:
+        logger.info(
+            "resumed with another use of memory, which changes no result beyond rounding: %s", ", ".join(of_memory)
+        )
     return parse_config(values)
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)
 
 
 def _resolved_config(path: Path) -> RunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -23,7 +24,7 @@ class Operations:
     `cublaslt` in `triton`'s place. `torch` stands for bitsandbytes' own kernel in nf4. rope=torch keeps a backend that
     rotates by itself from doing so. gated: who runs the products with SwiGLU in their epilogues; `none` leaves it to
     swiglu. token_reuse: `first_layer` or `none`, not who runs it but whether. lora: whether the adapters' products are
-    `fused` with the base's, each other's and the masking, or by `torch`, each by itself.
+    `fused` with the base's, each other's and the masking, or by `torch`, each by itself. ValueError for other values.
     """
 
     rms_norm: Implementation = "auto"
@@ -36,7 +37,13 @@ class Operations:
     lora: LoraProducts = "auto"
     cross_entropy: Implementation = "auto"
 
+    def __post_init__(self):
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"kernels.{name}={getattr(self, name)!r}: allowed: {', '.join(allowed)}")
 
+
+_ALLOWED = {name: get_args(hint) for name, hint in get_type_hints(Operations).items()}
 AUTO = Operations()
 
 # Those that stock layers leave to Hugging Face, PEFT and bitsandbytes.

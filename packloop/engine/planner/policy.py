@@ -25,6 +25,11 @@ class MemoryPlan:
         )
 
 
+def count_layers(setting: str | int, num_layers: int) -> int:
+    """`all`, `none` or a number as a number of layers, at most all of them."""
+    return min({"all": num_layers, "none": 0}.get(setting, setting), num_layers)
+
+
 @dataclass(frozen=True)
 class Price:
     """What one layer saves in a micro-batch, and the memory that it takes for it."""
