@@ -264,13 +264,13 @@ def kernel_ms(case: Case, backend: DocumentAttention) -> list[tuple[str, float]]
 
 def backends_for(case: Case, tuned: DocumentAttention) -> list[tuple[str, Attention, bool]]:
     """(name, backend, whether it rotates)."""
-    device, dtype = case.qkv.device, case.qkv.dtype
+    device, dtype, head_dim = case.qkv.device, case.qkv.dtype, case.heads[2]
     found = [("document", tuned, True), ("document, turned before", tuned, False)]
     names = [name for name in flash_attention.BACKENDS if name != "document"]
     found += [
         (name, load_backend(name), False)
         for name in names
-        if flash_attention.why_not(name, dtype=dtype, device=device) is None
+        if flash_attention.why_not(name, dtype=dtype, device=device, head_dim=head_dim) is None
     ]
     if not case.layout.is_packed:
         found += [(name, load_backend(name), False) for name in ("cudnn", "sdpa")]

@@ -161,6 +161,6 @@ def test_attention_that_sees_no_shared_beginning_is_no_floor(monkeypatch, prefix
     ids = torch.arange(2, dtype=torch.int32).repeat_interleave(bounds.diff().long())[None]
     layout = DocumentLayout(ids, bounds, 5, True, bounds, prefix_of=prefix_of)
     found = profile_floor.measure_attention(
-        None, [layout], num_steps=1, dtype=torch.bfloat16, device=torch.device("cpu")
+        shape_config("tiny"), [layout], num_steps=1, dtype=torch.bfloat16, device=torch.device("cpu")
     )
     assert [one.name for one in found] == expected

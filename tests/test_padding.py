@@ -146,19 +146,20 @@ def test_a_run_without_padding_learns_the_same(small_base, small_rows, tmp_path,
 
 def test_attention_that_needs_rows_refuses(small_base, small_rows, tmp_path):
     config = small_config(small_base, small_rows, tmp_path / "run", kernels={"padding": "drop"})
-    remedy = r"kernels\.padding=drop: kernels\.attention=sdpa needs packs in rows of their own; use one of document, "
-    with pytest.raises(ConfigError, match=remedy):
+    fault = r"kernels\.padding=drop: kernels\.attention=sdpa needs packs in rows of their own"
+    reason = r", and no other can run here \(document, .*: needs a CUDA GPU.*\); use kernels.padding=keep"
+    with pytest.raises(ConfigError, match=fault + reason):
         train(config)
     gpu = find_gpu("NVIDIA A10G")
     asked = load_config("recipes/llama2-7b-dolly.yaml", ["kernels.padding=drop", "data.packing=wrapped"])
-    assert attentions(asked, gpu) == ["document", "varlen"]
+    assert attentions(asked, gpu, 128) == ["document", "varlen"]
     refused = load_config("recipes/llama2-7b-dolly.yaml", ["kernels.padding=drop", "kernels.attention=sdpa"])
-    with pytest.raises(InputError, match=remedy):
-        attentions(refused, gpu)
+    with pytest.raises(InputError, match=fault + "; use one of document, flash_attn, varlen, flash_attn_4, or kernels"):
+        attentions(refused, gpu, 128)
 
 
 def test_every_backend_but_those_on_rows_is_flat():
-    known = attention_module.usable_backends(is_packed=True, dtype=torch.bfloat16, device=CPU)
+    known = attention_module.usable_backends(is_packed=True, dtype=torch.bfloat16, device=CPU, head_dim=64)
     assert set(FLAT) == set(known) - set(attention_module._DIFFERENTIATED)
 
 

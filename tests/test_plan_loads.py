@@ -98,7 +98,7 @@ def test_the_attention_that_can_share_is_planned_for_where_sharing_is_asked_for(
     gpu = find_gpu("NVIDIA A10G")
 
     def of(*overrides: str) -> list[str]:
-        return attentions(load_config(RECIPE, ["kernels.prefix_reuse=micro_batch", *overrides]), gpu)
+        return attentions(load_config(RECIPE, ["kernels.prefix_reuse=micro_batch", *overrides]), gpu, 128)
 
     assert of("data.packing=bfd") == of("data.packing=bfd", "kernels.padding=drop") == ["document"]
     with pytest.raises(InputError, match=r"prefix_reuse=micro_batch: kernels\.attention=varlen knows no beginnings"):

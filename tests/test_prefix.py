@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from small_job import read_steps, small_config
 from test_data_loader import PAD, documents_of, loader_of
 from test_engine_packed import hidden_and_gradient, load_model
 
+from packloop.bench.synthetic import shape_config
 from packloop.config import load_config
 from packloop.data import layout as layout_module
 from packloop.data import prefix
@@ -331,7 +333,10 @@ def test_a_run_that_shares_learns_the_same(small_base, small_rows, tmp_path, mon
             {"kernels": {"padding": "keep"}},
             "kernels.padding=keep gives every pack a row of its own; use kernels.padding",
         ),
-        ({}, "kernels.attention=sdpa knows no beginnings that documents share; use document (needs a CUDA GPU"),
+        (
+            {},
+            "kernels.attention=sdpa knows no beginnings that documents share, and no other can run here (docu",
+        ),
     ],
 )
 def test_what_cannot_share_is_refused(small_base, small_rows, tmp_path, sections, message, monkeypatch):
@@ -380,7 +385,8 @@ def test_what_auto_makes_of_a_gpus_layout(packing, texts, attention, usable, exp
 
     monkeypatch.setattr(plan, "_resolve_attention", resolve)
     loader = loader_of(documents_of(*texts), packing, max_length=60, per_device_batch_size=6)
-    found = plan._resolve_layout(config, None, loader, torch.device("cuda"))
+    model = SimpleNamespace(config=shape_config("tiny"))
+    found = plan._resolve_layout(config, model, loader, torch.device("cuda"))
     assert (found["padding"], found["prefix_reuse"], *asked) == expected
     assert loader.state()["cursor"] == 0
 

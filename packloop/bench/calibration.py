@@ -59,11 +59,8 @@ def measure_attention(
     heads: tuple[int, int, int], *, num_slots: int, lengths: tuple[int, ...], device: torch.device
 ) -> Iterator[Measurement]:
     """Forward and backward, RoPE included, of each backend on documents of one length that fill the slots."""
-    names = [
-        name
-        for name, reason in usable_backends(is_packed=True, dtype=torch.bfloat16, device=device).items()
-        if reason is None and name in ("document", "flash_attn", "varlen")
-    ]
+    reasons = usable_backends(is_packed=True, dtype=torch.bfloat16, device=device, head_dim=heads[2])
+    names = [name for name in ("document", "flash_attn", "varlen") if reasons[name] is None]
     for name in names:
         for length in (length for length in lengths if length <= num_slots):
             ms = time_backend(name, heads, _layout(num_slots, length, device), torch.bfloat16)

@@ -21,7 +21,14 @@ from packloop.data.prefix import CommonPrefix
 from packloop.engine.budget import GIB, settle_budget
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer, resolve_name
-from packloop.engine.plan import count_layers, epochs_looked_through, may_drop_padding, needs_rows, why_not_shared
+from packloop.engine.plan import (
+    count_layers,
+    epochs_looked_through,
+    knows_no_beginnings,
+    may_drop_padding,
+    needs_rows,
+    why_not_shared,
+)
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.engine.planner.rates import ATTENTION_RATES
 from packloop.engine.planner.search import Candidate, Search
@@ -30,7 +37,7 @@ from packloop.engine.planner.time import Load
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
 from packloop.kernels.attention import FLAT, SHARING
-from packloop.kernels.flash_attention import NEEDED_CAPABILITY
+from packloop.kernels.flash_attention import NEEDED_CAPABILITY, why_not_heads
 from packloop.kernels.gated import HOPPER, why_not_quack
 from packloop.kernels.operations import Operations
 from packloop.kernels.patch import NEEDED_OF_MODEL
@@ -92,7 +99,7 @@ def plan(
     # One for each backend, as it decides where the documents of a micro-batch can lie.
     searches = [
         Search(shape, chosen, partial(load_of, attention=name), attentions=[name], is_paged=is_paged)
-        for name in attentions(config, chosen)
+        for name in attentions(config, chosen, shape.head_dim)
     ]
     train = config.train
     best = _best(searches, budget_gib, train.per_device_train_batch_size * train.gradient_accumulation_steps)
@@ -150,9 +157,13 @@ def parse_budget(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]] / GIB
 
 
-def attentions(config: RunConfig, gpu: Gpu) -> list[str]:
-    """What `kernels.attention` may become: itself, or for `auto` the backends that need no package of their own."""
+def attentions(config: RunConfig, gpu: Gpu, head_dim: int) -> list[str]:
+    """What `kernels.attention` may become: itself, or for `auto` the backends that need no package of their own.
+
+    InputError where what is asked for cannot run on this GPU, or for heads of this many features.
+    """
     asked = config.kernels.attention
+    reasons = {name: why_not_heads(name, head_dim, gpu.capability) for name in ATTENTION_RATES}
     if asked != "auto":
         if asked not in ATTENTION_RATES:
             raise InputError(f"kernels.attention={asked}: predictions know {', '.join(ATTENTION_RATES)} and auto")
@@ -162,24 +173,25 @@ def attentions(config: RunConfig, gpu: Gpu) -> list[str]:
                 f"kernels.attention={asked}: the {gpu.key} has compute capability {_dotted(gpu.capability)}, "
                 f"{_dotted(needed)} is needed; use kernels.attention=auto"
             )
+        if reasons[asked] is not None:
+            raise InputError(f"kernels.attention={asked}: {reasons[asked]}; use kernels.attention=auto")
         possible = [asked]
     elif config.model.dtype != "bfloat16":
         possible = ["sdpa"]
     else:
-        possible = ["document", "varlen", *(["sdpa"] if config.data.packing != "bfd" else [])]
+        possible = [name for name in ("document", "varlen") if reasons[name] is None]
+        if config.data.packing != "bfd" or not possible:
+            possible.append("sdpa")
     if config.kernels.prefix_reuse == "micro_batch":
         if reason := why_not_shared(config):
             raise InputError(f"kernels.prefix_reuse=micro_batch: {reason}")
         if not set(possible) & set(SHARING):
-            raise InputError(
-                f"kernels.prefix_reuse=micro_batch: kernels.attention={possible[0]} knows no beginnings that documents "
-                f"share; use {', '.join(SHARING)}, or kernels.prefix_reuse=none"
-            )
+            raise InputError(knows_no_beginnings(possible[0], reasons))
         return [name for name in possible if name in SHARING]
     if config.kernels.padding != "drop":
         return possible
     if not set(possible) & set(FLAT):
-        raise InputError(needs_rows(possible[0]))
+        raise InputError(needs_rows(possible[0], reasons))
     return [name for name in possible if name in FLAT]
 
 

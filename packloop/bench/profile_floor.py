@@ -44,7 +44,8 @@ def measure_attention(
     """
     layouts = list(layouts)
     is_packed = any(layout.is_packed for layout in layouts)
-    reasons = usable_backends(is_packed=is_packed, dtype=dtype, device=device)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    reasons = usable_backends(is_packed=is_packed, dtype=dtype, device=device, head_dim=head_dim)
     names = [name for name, reason in reasons.items() if reason is None and name != "eager"]
     if is_packed and device.type == "cuda" and len(names) > 1:
         names.remove("sdpa")

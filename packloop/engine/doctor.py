@@ -82,7 +82,9 @@ def _attention(device: torch.device) -> list[tuple[str, str]]:
         if device.type == "cuda":
             why = "or what is faster on the run's own shape: auto times them before the first step"
         rows.append((f"data.packing={packing}", f"{chosen}: {why}"))
-    for name, reason in usable_backends(is_packed=True, dtype=torch.bfloat16, device=device).items():
+    for name, reason in usable_backends(
+        is_packed=True, dtype=torch.bfloat16, device=device, head_dim=_HEADS[2]
+    ).items():
         rows.append((name, "can be used" if reason is None else f"no, with packed documents: {reason}"))
     return rows
 
@@ -129,7 +131,7 @@ def _advice(environment: dict, device: torch.device) -> list[str]:
         return advice
     if torch.cuda.get_device_capability(device) < _BFLOAT16_CAPABILITY:
         advice.append("this GPU has no bfloat16 units: set model.dtype=float32, or use compute capability 8.0 or newer")
-    reasons = usable_backends(is_packed=True, dtype=torch.bfloat16, device=device)
+    reasons = usable_backends(is_packed=True, dtype=torch.bfloat16, device=device, head_dim=_HEADS[2])
     advice += [f"{name}: {reason}" for name, reason in reasons.items() if reason and "install" in reason]
     if (reason := why_not_quack(device)) and "install" in reason:
         advice.append(f"kernels.gated: {reason}")

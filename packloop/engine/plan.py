@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from transformers import LlamaConfig
 
 from packloop.config import RunConfig
 from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
@@ -161,8 +162,10 @@ def _resolve_layout(config: RunConfig, model: nn.Module, loader: PackLoader, dev
     drops = may_drop_padding(config, on_gpu=device.type == "cuda")
     shares = drops and kernels.prefix_reuse != "none" and config.data.packing != "wrapped"
     dropped, shared = without_padding(micro), share_prefixes(micro)
-    reasons = usable_backends(is_packed=True, dtype=getattr(torch, config.model.dtype), device=device)
+    dtype, head_dim = getattr(torch, config.model.dtype), heads_of(model.config)[2]
+    reasons = usable_backends(is_packed=True, dtype=dtype, device=device, head_dim=head_dim)
     usable = [name for name, reason in reasons.items() if reason is None and kernels.attention in ("auto", name)]
+    shares = shares and any(name in SHARING for name in usable)
     if drops and not is_asked:
         # Where little is left out of rows of one document each, they may suit a faster attention.
         leaves_out = config.data.packing == "bfd" or _saves(shared if shares else dropped, micro)
@@ -170,17 +173,14 @@ def _resolve_layout(config: RunConfig, model: nn.Module, loader: PackLoader, dev
     among = FLAT if drops else None
     # Attention is the smaller part of a step: who leaves out slots need not be the fastest.
     if drops and shares and (kernels.prefix_reuse == "micro_batch" or _saves(shared, dropped)):
-        among = SHARING if any(name in SHARING for name in usable) else FLAT
+        among = SHARING
     attention = _resolve_attention(config, model, dropped if drops else micro, device, among)
     shares = drops and shares and attention in SHARING
     if kernels.prefix_reuse == "micro_batch" and not shares:
-        reason = next((f" ({reasons[name]})" for name in SHARING if reasons.get(name)), "")
-        raise ConfigError(
-            f"kernels.prefix_reuse=micro_batch: kernels.attention={attention} knows no beginnings that documents "
-            f"share; use {', '.join(SHARING)}{reason}, or kernels.prefix_reuse=none"
-        )
-    if drops and attention not in FLAT:
-        raise ConfigError(needs_rows(attention))
+        raise ConfigError(knows_no_beginnings(attention, reasons))
+    if is_asked and attention not in FLAT:
+        raise ConfigError(needs_rows(attention, reasons))
+    drops = drops and attention in FLAT
     return {
         "attention": attention,
         "padding": "drop" if drops else "keep",
@@ -215,8 +215,6 @@ def _resolve_attention(
     config: RunConfig, model: nn.Module, micro: Batch, device: torch.device, among: tuple[str, ...] | None
 ) -> str:
     layout = to_device(micro, device)[2]
-    architecture = model.config
-    head_dim = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
     try:
         name, why = choose_backend(
             config.kernels.attention,
@@ -224,7 +222,7 @@ def _resolve_attention(
             is_packed=layout.is_packed or config.data.packing == "bfd",
             dtype=getattr(torch, config.model.dtype),
             device=device,
-            heads=(architecture.num_attention_heads, architecture.num_key_value_heads, head_dim),
+            heads=heads_of(model.config),
             layout=layout,
             among=among,
         )
@@ -234,12 +232,38 @@ def _resolve_attention(
     return name
 
 
-def needs_rows(attention: str) -> str:
-    """Why padding cannot be dropped under this backend, and what to change."""
-    return (
-        f"kernels.padding=drop: kernels.attention={attention} needs packs in rows of their own; use one of "
-        f"{', '.join(FLAT)}, or kernels.padding=keep"
+def heads_of(architecture: LlamaConfig) -> tuple[int, int, int]:
+    """(query heads, key/value heads, features of a head)."""
+    heads = architecture.num_attention_heads
+    head_dim = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
+    return heads, architecture.num_key_value_heads, head_dim
+
+
+def needs_rows(attention: str, reasons: dict[str, str | None]) -> str:
+    """Why padding cannot be dropped under this backend, and what to change. reasons: as of `usable_backends`."""
+    return _needs_another(
+        f"kernels.padding=drop: kernels.attention={attention} needs packs in rows of their own",
+        FLAT,
+        reasons,
+        "kernels.padding=keep",
     )
+
+
+def knows_no_beginnings(attention: str, reasons: dict[str, str | None]) -> str:
+    """Why beginnings cannot be shared under this backend, and what to change. reasons: as of `usable_backends`."""
+    fault = f"kernels.prefix_reuse=micro_batch: kernels.attention={attention} knows no beginnings that documents share"
+    return _needs_another(fault, SHARING, reasons, "kernels.prefix_reuse=none")
+
+
+def _needs_another(fault: str, names: tuple[str, ...], reasons: dict[str, str | None], otherwise: str) -> str:
+    """The fault, and which of the named backends to use or, where none of them can run, why."""
+    if able := [name for name in names if reasons.get(name) is None]:
+        return f"{fault}; use {'one of ' if len(able) > 1 else ''}{', '.join(able)}, or {otherwise}"
+    listed: dict[str, list[str]] = {}
+    for name in names:
+        listed.setdefault(reasons[name], []).append(name)
+    why = "; ".join(f"{', '.join(alike)}: {reason}" for reason, alike in listed.items())
+    return f"{fault}, and no other can run here ({why}); use {otherwise}"
 
 
 def _plan(

@@ -131,6 +131,7 @@ def _cudnn(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, layout: DocumentLayou
 FLAT = ("document", "flash_attn", "varlen", "flash_attn_4")
 # Of them, those that know beginnings that documents share.
 SHARING = ("document",)
+_LONGEST_REASON = 200  # characters of what a backend raises
 
 
 def rotates(backend: Attention) -> bool:
@@ -172,7 +173,7 @@ class CountedAttention:
 
 
 def load_backend(name: str) -> Attention:
-    """The backend of that name. ValueError with the install command where its package is missing."""
+    """The backend of that name. ValueError where there is none, and with the remedy where its package is of no use."""
     if name in _DIFFERENTIATED:
         return DifferentiatedAttention(_DIFFERENTIATED[name])
     from packloop.kernels import document_attention, flash_attention
@@ -180,14 +181,18 @@ def load_backend(name: str) -> Attention:
     others = {**flash_attention.BACKENDS, "document": document_attention.DocumentAttention}
     if name not in others:
         raise ValueError(f"attention {name!r}; known: {', '.join([*_DIFFERENTIATED, *others])}")
+    if reason := flash_attention.why_not_loaded(name):
+        raise ValueError(f"attention {name!r}: {reason}")
     return others[name]()
 
 
 _DIFFERENTIATED = {"eager": _eager, "sdpa": _sdpa, "cudnn": _cudnn}
 
 
-def usable_backends(*, is_packed: bool, dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
-    """Every backend -> None where it can run for these inputs, otherwise why not."""
+def usable_backends(
+    *, is_packed: bool, dtype: torch.dtype, device: torch.device, head_dim: int
+) -> dict[str, str | None]:
+    """Every backend -> None where it can run for these inputs, otherwise why not. head_dim: features of a head."""
     from packloop.kernels import flash_attention
 
     on_gpu = device.type == "cuda"
@@ -198,8 +203,10 @@ def usable_backends(*, is_packed: bool, dtype: torch.dtype, device: torch.device
         reasons["cudnn"] = "cannot keep packed documents apart"
     elif dtype not in (torch.bfloat16, torch.float16):
         reasons["cudnn"] = f"needs bfloat16, the model is {dtype}"
+    else:
+        reasons["cudnn"] = flash_attention.why_not_heads("cudnn", head_dim, torch.cuda.get_device_capability(device))
     for name in (*flash_attention.BACKENDS, "document"):
-        reasons[name] = flash_attention.why_not(name, dtype=dtype, device=device)
+        reasons[name] = flash_attention.why_not(name, dtype=dtype, device=device, head_dim=head_dim)
     return reasons
 
 
@@ -213,13 +220,13 @@ def choose_backend(
     layout: DocumentLayout | None = None,
     among: tuple[str, ...] | None = None,
 ) -> tuple[str, str]:
-    """(backend, why) for a requested name or `auto`. ValueError where the requested one cannot run, with the remedy.
+    """(backend, why) for a requested name or `auto`. ValueError with the remedy where what is requested cannot run.
 
     heads: (H, K, D). `auto` on a GPU times forward and backward of every usable backend (`among` those, if given) on
-    `layout` and takes the fastest; without a layout, or on the CPU, it takes `sdpa`, or torch's varlen attention for
-    packed documents on a GPU.
+    `layout` and takes the fastest; one that raises is left out, and `why` says so. Without a layout, or on the CPU, it
+    takes `sdpa`, or torch's varlen attention for packed documents on a GPU.
     """
-    reasons = usable_backends(is_packed=is_packed, dtype=dtype, device=device)
+    reasons = usable_backends(is_packed=is_packed, dtype=dtype, device=device, head_dim=heads[2])
     if requested != "auto":
         if reasons.get(requested) is not None:
             raise ValueError(f"kernels.attention={requested}: {reasons[requested]}; or use kernels.attention=auto")
@@ -235,10 +242,31 @@ def choose_backend(
     if layout is None or len(usable) == 1:
         preferred = [name for name in ("document", "flash_attn", "varlen", "cudnn", "sdpa") if name in usable]
         return (preferred or ["sdpa"])[0], "not timed"
-    times_ms = {name: time_backend(name, heads, layout, dtype) for name in usable}
+    times_ms, raised = _time_backends(usable, heads, layout, dtype)
+    left_out = "; ".join(f"{name} raises {what}" for name, what in raised.items())
+    if not times_ms and "sdpa" in raised:
+        raise ValueError(f"kernels.attention=auto: none of them runs: {left_out}; use kernels.attention=eager")
+    if not times_ms:
+        return "sdpa", f"no other runs: {left_out}"
     best = min(times_ms, key=times_ms.get)
     listed = ", ".join(f"{name} {ms:.2f} ms" for name, ms in sorted(times_ms.items(), key=lambda item: item[1]))
-    return best, f"fastest forward + backward of one layer: {listed}"
+    return best, f"fastest forward + backward of one layer: {listed}" + (f"; {left_out}" if raised else "")
+
+
+def _time_backends(
+    names: list[str], heads: tuple[int, int, int], layout: DocumentLayout, dtype: torch.dtype
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(milliseconds of those that run, what the others raise). OutOfMemoryError where there is memory for none."""
+    times_ms, raised = {}, {}
+    for name in names:
+        try:
+            times_ms[name] = time_backend(name, heads, layout, dtype)
+        except Exception as error:  # a package's code, on shapes that it may not know: what it raises may be anything
+            if isinstance(error, torch.OutOfMemoryError) and not times_ms and name == names[-1]:
+                raise
+            said = " ".join(str(error).split())[:_LONGEST_REASON]
+            raised[name] = ": ".join(filter(None, (type(error).__name__, said)))
+    return times_ms, raised
 
 
 def time_backend(

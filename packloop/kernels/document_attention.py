@@ -36,7 +36,7 @@ from torch import Tensor
 
 from packloop.kernels import document_kernels as kernels
 from packloop.kernels.attention import DocumentLayout
-from packloop.kernels.flash_attention import _Differentiable
+from packloop.kernels.flash_attention import DOCUMENT_HEAD_DIMS, _Differentiable
 from packloop.kernels.rope import Rotation
 
 try:
@@ -79,7 +79,6 @@ class BackwardTiles:
     keys: Tiles
 
 
-_HEAD_DIMS = (16, 32, 64, 128)
 # Rows that a program turns, or whose sum(d_out * out) it finds: memory-bound, so small tiles and many programs.
 _POINTWISE = Tiles(owned=32, streamed=32, num_warps=4, num_stages=1)
 # Rows of one program for a key tile that the documents of a group share: enough programs, and not many parts to sum.
@@ -182,8 +181,8 @@ def _check(**tensors: Tensor) -> None:
                 f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; [T, heads, D] with adjacent "
                 "features and heads is needed"
             )
-        if tensor.shape[2] not in _HEAD_DIMS:
-            raise ValueError(f"{name} has heads of {tensor.shape[2]} features; one of {_HEAD_DIMS} is needed")
+        if tensor.shape[2] not in DOCUMENT_HEAD_DIMS:
+            raise ValueError(f"{name} has heads of {tensor.shape[2]} features; one of {DOCUMENT_HEAD_DIMS} is needed")
 
 
 def _matrix(tensor: Tensor) -> tuple:

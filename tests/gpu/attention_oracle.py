@@ -1,7 +1,11 @@
 """What an attention backend on a GPU is judged by: the same-dtype PyTorch expression, and that expression in fp32.
 
-The rule: |ours - exact| may be at most `factor` times the greatest error of the PyTorch expression in bf16, plus 2 ulp
-of the exact value; factor is 2 for the output and 3 for gradients. Queries are taken in blocks, so that the longest
+The rule, for each element: |ours - exact| may be at most `factor` times the greatest error of the PyTorch expression in
+bf16 anywhere in the tensor, plus 2 eps = 2^-6 of |exact|, plus 2e-5; factor is 2 for the output and 3 for gradients. An
+ulp is between eps / 2 and eps of a value, so the second term is 2 ulp at a power of two and up to 4 above it. The third
+is for documents of one token, whose gradients of q and k are 0: PyTorch finds 0 and allows no error, while fp32 sums of
+a head's products in another order leave their rounding. It is added everywhere, and is nothing beside the first where a
+document is longer: PyTorch's greatest error is then 2e-3 or more. Queries are taken in blocks, so that the longest
 documents fit, and short documents several at a time under a mask; what blocks add to dk and dv is summed in fp32.
 
 Shapes: T slots, L slots of one stretch of documents, H query heads, K key/value heads, D features of a head.
@@ -162,7 +166,7 @@ def by_backend(backend, buffer: Tensor, d_out: Tensor, heads, layout, scale: flo
 def assert_no_worse(found: Tensor, stock: Tensor, exact: Tensor, factor: float) -> None:
     found, stock, exact = found.float(), stock.float(), exact.float()
     assert bool(found.isfinite().all())
-    # A document of one token has gradients of 0 for q and k: there fp32 sums of 128 products leave their rounding.
+    # Of every element; 2e-5 is for documents of one token, as said above.
     allowed = factor * (stock - exact).abs().max() + 2 * torch.finfo(DTYPE).eps * exact.abs() + 2e-5
     excess = ((found - exact).abs() - allowed).max()
     assert excess <= 0, (

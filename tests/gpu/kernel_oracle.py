@@ -1,7 +1,8 @@
 """What a kernel on a GPU in bf16 is judged by: the same-dtype PyTorch expression, and the oracle in float64.
 
-The rule: |ours - exact| may be at most `factor` times the greatest error of the PyTorch expression in bf16, plus 2 ulp
-of the exact value; factor is 2 for outputs and 3 for gradients.
+The rule, for each element: |ours - exact| may be at most `factor` times the greatest error of the PyTorch expression in
+bf16 anywhere in the tensor, plus 2 eps = 2^-6 of |exact|, which is 2 ulp at a power of two and up to 4 above it; factor
+is 2 for outputs and 3 for gradients.
 """
 
 from __future__ import annotations

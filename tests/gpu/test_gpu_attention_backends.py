@@ -16,8 +16,9 @@ def _exact_products():
     torch.set_float32_matmul_precision("highest")  # the exact expression must not run in TF32
 
 
-def backend_or_skip(name: str, *, is_packed: bool):
-    reason = usable_backends(is_packed=is_packed, dtype=DTYPE, device=torch.device(DEVICE))[name]
+def backend_or_skip(name: str, *, is_packed: bool, head_dim: int = 128):
+    device = torch.device(DEVICE)
+    reason = usable_backends(is_packed=is_packed, dtype=DTYPE, device=device, head_dim=head_dim)[name]
     if reason is not None:
         pytest.skip(f"{name} {reason}")
     return load_backend(name)
@@ -51,6 +52,21 @@ def test_long_documents(name: str, heads: tuple[int, int, int], lengths: tuple[i
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_one_document_a_row(name: str, heads: tuple[int, int, int], length: int):
     judge(backend_or_skip(name, is_packed=False), (length, length), heads, num_rows=2)
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "varlen"])
+@pytest.mark.parametrize("head_dim", [80, 96])
+@pytest.mark.parametrize(("lengths", "num_rows"), [((300, 65, 100), 1), ((1001, 1001), 2)], ids=str)
+def test_heads_that_document_attention_does_not_take(name: str, head_dim: int, lengths: tuple[int, ...], num_rows: int):
+    backend = backend_or_skip(name, is_packed=num_rows == 1, head_dim=head_dim)
+    judge(backend, lengths, (4, 2, head_dim), num_rows=num_rows)
+
+
+@pytest.mark.parametrize("length", [1, 128])
+@pytest.mark.parametrize("heads", [(4, 4, 128), (8, 1, 64)], ids=str)
+def test_short_rows_of_one_document(heads: tuple[int, int, int], length: int):
+    """Of one token flash-attn makes another shape inside, where heads share keys."""
+    judge(backend_or_skip("flash_attn", is_packed=False), (length,) * 3, heads, num_rows=3)
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 128), (8, 1, 64)], ids=str)

@@ -40,7 +40,7 @@ def bf16_and_fp32(llama):
 
 
 def skip_unless_usable(attention: str) -> None:
-    reason = usable_backends(is_packed=True, dtype=torch.bfloat16, device=torch.device(DEVICE))[attention]
+    reason = usable_backends(is_packed=True, dtype=torch.bfloat16, device=torch.device(DEVICE), head_dim=64)[attention]
     if reason is not None:
         pytest.skip(f"{attention} {reason}")
 
@@ -102,7 +102,7 @@ def test_row23_grouped_heads(num_kv_heads: int, head_dim: int, fused: bool):
 
 @pytest.mark.parametrize("attention", ["document", "flash_attn", "varlen", "cudnn", "sdpa", "eager"])
 def test_the_check_before_training_passes_and_leaves_the_generators(attention: str):
-    reason = usable_backends(is_packed=False, dtype=torch.bfloat16, device=torch.device(DEVICE))[attention]
+    reason = usable_backends(is_packed=False, dtype=torch.bfloat16, device=torch.device(DEVICE), head_dim=64)[attention]
     if reason is not None:
         pytest.skip(f"{attention} {reason}")
     llama, _ = bf16_and_fp32(make_llama(hidden_size=512))

@@ -172,7 +172,7 @@ def assert_close(ours: list[float], stock: list[float], case: str) -> None:
 
 
 def skip_unless_usable(attention: str) -> None:
-    reason = usable_backends(is_packed=True, dtype=torch.bfloat16, device=DEVICE)[attention]
+    reason = usable_backends(is_packed=True, dtype=torch.bfloat16, device=DEVICE, head_dim=64)[attention]
     if reason is not None:
         pytest.skip(f"{attention} {reason}")
 
