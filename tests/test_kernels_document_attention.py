@@ -99,15 +99,15 @@ def assert_equal_within_rounding(case: Case, backend: DocumentAttention, rotatio
 
 
 @interpreted
-@pytest.mark.parametrize("rotates", [False, True])
 @pytest.mark.parametrize(
-    ("lengths", "heads"),
+    ("lengths", "heads", "rotates"),
     [
-        ([1, 2, 63, 0, 64, 65, 100], (1, 1, 64)),
-        ([65, 1], (2, 2, 128)),
-        ([130, 200], (1, 1, 64)),
-        ([70, 13], (4, 1, 64)),
-        ([2, 40], (8, 1, 128)),
+        ([1, 63, 0, 64, 65], (1, 1, 64), True),  # about a tile of 64
+        ([2, 65], (1, 1, 64), False),
+        ([33, 1], (2, 2, 128), True),
+        ([130], (1, 1, 16), False),
+        ([40, 13], (4, 1, 64), True),
+        ([2, 20], (8, 1, 128), True),
     ],
 )
 def test_forward_and_every_gradient(lengths: list[int], heads: tuple[int, int, int], rotates: bool):
@@ -127,7 +127,7 @@ def test_forward_and_every_gradient(lengths: list[int], heads: tuple[int, int, i
     ],
 )
 def test_any_tiles(backend: DocumentAttention):
-    case = make_case([33, 1, 70], (2, 1, 16))
+    case = make_case([33, 1, 40], (2, 1, 16))
     assert_equal_within_rounding(case, backend, case.rotation)
 
 
@@ -151,16 +151,16 @@ def test_forward_leaves_q_and_k_turned():
 
 @interpreted
 def test_documents_are_apart_and_results_repeat():
-    case = make_case([20, 50, 9], (2, 1, 16))
+    case = make_case([20, 35, 9], (2, 1, 16))
     first = ours(case, DocumentAttention(), case.rotation)
     for found, again in zip(ours(case, DocumentAttention(), case.rotation), first):
         assert torch.equal(found, again)
-    case.qkv[20:70] += 1
-    case.d_out[20:70] += 1
-    others = torch.tensor([*range(20), *range(70, 79)])
+    case.qkv[20:55] += 1
+    case.d_out[20:55] += 1
+    others = torch.tensor([*range(20), *range(55, 64)])
     for found, before in zip(ours(case, DocumentAttention(), case.rotation), first):
         assert torch.equal(found[others], before[others])
-        assert not torch.equal(found[20:70], before[20:70])
+        assert not torch.equal(found[20:55], before[20:55])
 
 
 @interpreted

@@ -292,7 +292,8 @@ def loss_and_gradient(model, flat, *, operations: Operations = AUTO, attention: 
 def with_kernels(tmp_path_factory):
     """(model, flat parameters, loss, gradient) of a fused NF4 model of one layer, all of it by Triton's kernels."""
     # bitsandbytes' CPU code dequantises rows that end within a block of 64 to other values than its GPU code.
-    base = save_base(tmp_path_factory.mktemp("base"), num_hidden_layers=1, intermediate_size=128)
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    base = save_base(tmp_path_factory.mktemp("base"), **sizes)
     model, flat = make_model(base, quantization="nf4", targets="all-linear")
     return model, flat, *loss_and_gradient(model, flat, operations=all_of("triton", matmul="torch"))
 
