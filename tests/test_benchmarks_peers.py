@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,23 @@ from packloop.bench.results import load_cells
 from packloop.bench.steps import lap_figures
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def test_documented_commands_and_cases_are_the_scripts():
+    page = (REPOSITORY / "docs/benchmarks.md").read_text()
+    section = page.split("## Beside other trainers")[1].split("\n## ")[0]
+    commands = re.findall(r"^python benchmarks/against_peers.py (.+)$", section.replace("\\\n", " "), re.MULTILINE)
+    assert commands
+    for command in commands:
+        assert against_peers.parse(shlex.split(command)).cases
+    bounds = {
+        name: float(bound)
+        for names, bound in re.findall(r"^\| (`[^|]+) \| ([0-9.]+) \|", section, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+    assert bounds == {name: case.bound for name, case in CASES.items()}
+    for option in set(re.findall(r"`(--[a-z-]+)", section)):
+        assert option in against_peers.parse.__code__.co_consts
 
 
 @pytest.fixture(scope="module")
