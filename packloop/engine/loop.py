@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,7 @@ from packloop.engine.run_dir import (
     write_weights,
 )
 from packloop.engine.state import TrainState
+from packloop.engine.stop import stop_signals
 from packloop.engine.trackers import check_trackers
 from packloop.errors import InputError
 from packloop.kernels.forward_check import check_forward
@@ -210,7 +211,7 @@ def _train(
     with (
         closing(metrics),
         closing(console),  # or an error would leave a terminal with the bar's hidden cursor
-        _stop_signals() as stop,
+        stop_signals() as stop,
         patched(model, **patch_options(config, model)) as llama,
     ):
         _check_forward(llama, config)
@@ -406,25 +407,3 @@ def _non_finite(
         "the optimizer did not step; look at those rows, or lower train.learning_rate, "
         "and continue with --resume latest"
     )
-
-
-class _Stop:
-    signal: int | None = None
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM ask the loop to save and stop after the step; a second SIGINT interrupts at once."""
-    stop = _Stop()
-
-    def request(number, _frame):
-        if stop.signal is not None:
-            raise KeyboardInterrupt
-        stop.signal = number
-
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
