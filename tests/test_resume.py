@@ -76,25 +76,29 @@ def test_two_runs_of_one_configuration_are_equal(whole, small_base, small_rows, 
 
 
 @pytest.mark.parametrize(
-    ("step", "number"),
+    ("step", "number", "last"),
     [
-        (1, signal.SIGINT),
-        (STEPS_PER_EPOCH - 1, signal.SIGINT),
-        (STEPS_PER_EPOCH, signal.SIGTERM),
-        (STEPS_PER_EPOCH + 2, signal.SIGINT),
+        (1, signal.SIGINT, 2),
+        (STEPS_PER_EPOCH - 1, signal.SIGINT, STEPS_PER_EPOCH - 1),  # an evaluation is due there
+        (STEPS_PER_EPOCH, signal.SIGTERM, STEPS_PER_EPOCH + 1),
+        (STEPS_PER_EPOCH + 1, signal.SIGTERM, STEPS_PER_EPOCH + 2),  # and here, when the next step is done
     ],
 )
 def test_a_signal_saves_within_one_step_and_the_run_continues_exactly(
-    whole, small_base, small_rows, tmp_path, step, number
+    whole, small_base, small_rows, tmp_path, step, number, last
 ):
+    """An evaluation that is due then comes when the run goes on."""
+
     def send(values: dict) -> None:
         if values["step"] == step:
             os.kill(os.getpid(), number)
 
     config = config_of(small_base, small_rows, tmp_path / "run")
     result = train(config, on_step=send)
-    assert (result.stopped_by, result.state.step) == (number, step + 1)
-    assert find_checkpoint(tmp_path / "run", "latest").state.step == step + 1
+    assert (result.stopped_by, result.state.step) == (number, last)
+    assert find_checkpoint(tmp_path / "run", "latest").state.step == last
+    assert read_metrics(tmp_path / "run")[-1]["step"] == last
+    assert "loss" in read_metrics(tmp_path / "run")[-1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert train(config, resume="latest").stopped_by is None
     assert_equal_runs(tmp_path / "run", whole)

@@ -69,6 +69,12 @@ def read_metrics(root: Path) -> list[dict]:
     return records
 
 
+def lacks_evaluation(root: Path, step: int) -> bool:
+    """Whether metrics.jsonl has this step, but no evaluation after it."""
+    records = [record for record in read_metrics(root) if record.get("step") == step]
+    return bool(records) and not any("eval_loss" in record for record in records)
+
+
 def load_run_tokenizer(run: FinishedRun) -> PreTrainedTokenizerBase:
     """The tokenizer that was saved with the run; for a checkpoint of an unfinished run, the base model's."""
     from packloop.engine.model import load_tokenizer

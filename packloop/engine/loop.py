@@ -9,11 +9,12 @@ import signal
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
 from packloop.config import RunConfig, dump_config
@@ -32,6 +33,7 @@ from packloop.engine.checkpoint import (
 )
 from packloop.engine.environment import describe_environment
 from packloop.engine.evaluate import evaluate
+from packloop.engine.finished_run import lacks_evaluation
 from packloop.engine.metrics import MetricsFile, StepClock, StepConsole, peak_gib
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.model_card import write_adapter_card
@@ -215,8 +217,17 @@ def _train(
         patched(model, **patch_options(config, model)) as llama,
     ):
         _check_forward(llama, config)
-        clock = StepClock()
+        save = partial(_save, run_dir, config, model, optimizer, state, accelerator)
+        evaluate_now = partial(
+            _evaluate, model, llama, data, config, tokenizer.pad_token_id, accelerator, state, metrics, console
+        )
         stopped = False
+        # A checkpoint's run may have ended before the evaluation that follows it.
+        may_lack_one = checkpoint is not None and _evaluation_due(config, data, state, loader, num_steps)
+        if may_lack_one and broadcast_object_list([lacks_evaluation(run_dir, state.step)])[0]:
+            evaluate_now()
+            stopped = state.step < num_steps and stop.voted(accelerator)
+        clock = StepClock()
         while state.step < num_steps and not stopped:
             learning_rate = _learning_rate(config, state.step, num_steps)
             report = train_step(
@@ -240,10 +251,16 @@ def _train(
             if on_step:
                 on_step(values)
             stopped, last = report.stop_votes > 0, state.step == num_steps
-            if data.eval is not None and (_due(config.train.eval_every, state, loader) or last):
-                _evaluate(model, llama, data, config, tokenizer.pad_token_id, accelerator, state, metrics, console)
-            if _due(config.checkpoint.every, state, loader) or stopped or last:
-                _save(run_dir, config, model, optimizer, state, accelerator)
+            is_saved = _due(config.checkpoint.every, state, loader) or stopped or last
+            if is_saved:  # before an evaluation, which may take long and die
+                save()
+            if _evaluation_due(config, data, state, loader, num_steps):
+                stopped = stopped or stop.voted(accelerator)  # asked for since the step's own vote
+                if not stopped:
+                    evaluate_now()
+                    stopped = not last and stop.voted(accelerator)
+                if stopped and not is_saved:
+                    save()
             clock.restart()  # evaluation and saving are not part of the next step
     if accelerator.is_main_process and state.step == num_steps:  # a run that was stopped leaves a checkpoint
         write_final_weights(run_dir, model)
@@ -349,6 +366,12 @@ def _evaluate(model, llama, data, config, pad_token_id, accelerator, state, metr
     metrics.write(values)
     accelerator.log(values, step=state.step)
     console.say(f"step {state.step}  eval loss {loss:.4f} on {num_labels:,} label tokens")
+
+
+def _evaluation_due(
+    config: RunConfig, data: TrainingData, state: TrainState, loader: PackLoader, num_steps: int
+) -> bool:
+    return data.eval is not None and (_due(config.train.eval_every, state, loader) or state.step == num_steps)
 
 
 def _due(every: str | int, state: TrainState, loader: PackLoader) -> bool:
