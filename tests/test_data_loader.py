@@ -407,3 +407,17 @@ def test_real_rows_through_the_loader(shared_data, llama2_tokenizer, packing, fi
     if packing != "wrapped":
         num_eos = sum(int((batch.label_ids == llama2_tokenizer.eos_token_id).sum()) for batch in batches)
         assert num_eos == len(data.train_rows)
+
+
+def test_a_digest_tells_documents_apart():
+    """By ids, counts, borders and order; not by the rows they come from."""
+    same = [documents_of([5, 6, 7], [8, 9]), documents_of([5, 6, 7], [8, 9], row_ids=[4, 2])]
+    others = [
+        documents_of([5, 6, 7], [8, 1]),
+        documents_of([5, 6], [7, 8, 9]),
+        documents_of([8, 9], [5, 6, 7]),
+        documents_of([5, 6, 7], [8, 9], counts=[[True, False, True], [True, True]]),
+        documents_of([5, 6, 7], [8, 9], [5, 6]),
+    ]
+    assert len({one.digest() for one in same}) == 1
+    assert len({one.digest() for one in [same[0], *others]}) == 1 + len(others)

@@ -16,10 +16,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from small_job import fork, read_metrics, small_config, tensors_equal, wait, wait_for_step, write_rows
+from small_job import fork, read_metrics, rows, small_config, tensors_equal, wait, wait_for_step, write_rows
 
 from packloop import cli
 from packloop.config import RunConfig, dump_config, parse_config
+from packloop.engine import checkpoint as checkpoint_module
 from packloop.engine import loop
 from packloop.engine.checkpoint import find_checkpoint, restore_rng
 from packloop.engine.loop import train
@@ -235,6 +236,52 @@ def test_another_configuration_is_refused_naming_the_key(whole, small_base, smal
         train(config, resume="latest")
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_rows", [12, 90])
+def test_other_data_under_the_same_name_is_refused(whole, small_base, tmp_path, num_rows):
+    """`--resume` promises the same rows in the same order, and a file's name says nothing of its rows."""
+    shutil.copytree(whole, tmp_path / "run")
+    source = tmp_path / "rows.jsonl"
+    config = config_of(small_base, source, tmp_path / "run")
+    saved = tmp_path / "run/checkpoints/step-000011/config.resolved.yaml"
+    saved.write_text(dump_config(config))
+    seal(saved.parent)
+    before = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    changed = rows(num_rows)
+    for row in changed[:6]:  # more than are held out
+        row["instruction"] = f"Now: {row['instruction']}"
+    source.write_text("".join(json.dumps(row) + "\n" for row in changed), encoding="utf-8")
+    said = f"cannot resume on other data: 10 documents in the checkpoint, {num_rows - 2} now, .* another train"
+    with pytest.raises(InputError, match=said) as caught:
+        train(config, resume="latest")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == before
+    # The rows of then are the run's, in whatever file they lie.
+    write_rows(source, 12)
+    assert train(config, resume="latest").state.step == NUM_STEPS
+
+
+def seal(checkpoint: Path) -> None:
+    """Makes the manifest say what the files are."""
+    (checkpoint / "manifest.json").unlink()
+    checkpoint_module._seal(checkpoint)
+
+
+def test_a_checkpoint_that_does_not_know_its_data_is_continued_and_then_does(
+    whole, small_base, small_rows, tmp_path, caplog
+):
+    shutil.copytree(whole, tmp_path / "run")
+    for name in ("step-000008", "step-000010", "step-000011"):
+        shutil.rmtree(tmp_path / "run/checkpoints" / name)
+    older = tmp_path / "run/checkpoints/step-000006/state.json"
+    state = json.loads(older.read_text())
+    older.write_text(json.dumps({name: state[name] for name in state if name not in ("num_documents", "data_digest")}))
+    seal(older.parent)
+    caplog.set_level("INFO")
+    train(config_of(small_base, small_rows, tmp_path / "run"), resume="latest")
+    assert "step-000006 does not say which data it was made with" in caplog.text
+    assert_equal_runs(tmp_path / "run", whole)  # state.json included
 
 
 def test_every_changed_key_is_named(whole, small_base, small_rows):

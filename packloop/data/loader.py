@@ -163,10 +163,10 @@ class PackLoader:
         return {"seed": self._seed, "epoch": self._epoch, "cursor": self._cursor}
 
     def load_state(self, state: dict[str, int]) -> None:
-        """Continue from a position that `state` returned. Raises `ValueError` for one that these packs do not have."""
+        """Continue from a position that `state` returned. Raises `InputError` for one that these packs do not have."""
         seed, epoch, cursor = state["seed"], state["epoch"], state["cursor"]
         if min(seed, epoch, cursor) < 0 or cursor >= self.num_packs:
-            raise ValueError(
+            raise InputError(
                 f"data position {state} lies outside an epoch of {self.num_packs} packs; "
                 "resume with the data and settings that the checkpoint was made with"
             )

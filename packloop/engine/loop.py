@@ -180,6 +180,10 @@ def _train(
 
     tokenizer = load_tokenizer(config.model)
     data = build_data(config.data, tokenizer, seed=config.train.seed)
+    state = checkpoint.state if checkpoint else TrainState()
+    if checkpoint and state.data_digest is None:
+        logger.info("%s does not say which data it was made with: that of now is taken for it", checkpoint.path.name)
+    state.bind(data.train)
     set_seed(config.train.seed)  # every rank draws the same adapter
     model = load_model(config.model, config.lora, accelerator.device)
     flat = FlatParameters(model)
@@ -189,7 +193,8 @@ def _train(
     account.config = config = resolve_auto(config, model, loader, accelerator, paged_bytes=optimizer.paged_bytes)
     num_steps = config.train.max_steps or math.ceil(config.train.num_train_epochs * loader.steps_per_epoch)
     set_seed(config.train.seed, device_specific=True)  # every rank draws its own dropout
-    state = _restore(checkpoint, model, optimizer, loader, accelerator) if checkpoint else TrainState()
+    if checkpoint:
+        _restore(checkpoint, model, optimizer, loader, accelerator)
     windows = Windows(
         loader,
         accelerator.device,
@@ -326,14 +331,13 @@ def _learning_rate(config: RunConfig, step: int, num_steps: int) -> float:
 
 def _restore(
     checkpoint: Checkpoint, model: nn.Module, optimizer: AdamW, loader: PackLoader, accelerator: Accelerator
-) -> TrainState:
+) -> None:
     state = checkpoint.state
     load_trained_tensors(model, checkpoint.weights)
     optimizer.load_state_tensors(checkpoint.optimizer, state.step)
     loader.load_state({"seed": loader.state()["seed"], "epoch": state.epoch, "cursor": state.cursor})
     restore_rng(checkpoint.rng, accelerator.process_index)  # last: nothing above may draw from it afterwards
     logger.info("resumed from %s at step %d", checkpoint.path.name, state.step)
-    return state
 
 
 def _save(run_dir, config: RunConfig, model, optimizer: AdamW, state: TrainState, accelerator: Accelerator) -> None:
