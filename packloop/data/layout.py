@@ -78,10 +78,11 @@ def most_shared_slots(common: CommonPrefix, epochs: Iterable[tuple[Packs, list[n
         saves = common.has_it[packs.segment_document] & (packs.segment_start == 0)
         sums = np.concatenate([[0], np.cumsum(saves)])
         tokens, num_saving = packs.pack_tokens, sums[packs.pack_offsets[1:]] - sums[packs.pack_offsets[:-1]]
-        for chosen in micro_batches:
-            num_tokens = int(tokens[chosen].sum())
-            saved = common.length * max(0, int(num_saving[chosen].sum()) - 1)
-            most = max(most, num_tokens - saved if saved >= LEAST_SAVED * num_tokens else num_tokens)
+        sizes, chosen = [len(numbers) for numbers in micro_batches], np.concatenate(micro_batches)
+        num_tokens, num_saving = (_sums(values[chosen], sizes) for values in (tokens, num_saving))
+        saved = common.length * np.maximum(0, num_saving - 1)
+        slots = np.where(saved >= LEAST_SAVED * num_tokens, num_tokens - saved, num_tokens)
+        most = max(most, int(slots.max()))
     return _whole_tiles(most)
 
 
@@ -91,6 +92,13 @@ def _documents(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     starts, lengths = bounds[:-1], np.diff(bounds)
     is_real = (batch.document_ids.flatten().numpy()[starts] >= 0) & (batch.num_real_tokens > 0)
     return starts[is_real], lengths[is_real]
+
+
+def _sums(values: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Of runs of so many values, one after the other; 0 of an empty one."""
+    ends = np.cumsum(sizes)
+    sums = np.concatenate([[0], np.cumsum(values)])
+    return sums[ends] - sums[ends - sizes]
 
 
 def _whole_tiles(num_tokens: int) -> int:
