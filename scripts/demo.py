@@ -46,7 +46,7 @@ from packloop.engine.generate_rows import Generation, print_generations, templat
 from packloop.engine.loop import train
 from packloop.engine.merge import merge
 from packloop.engine.model import load_base, load_tokenizer
-from packloop.engine.run_dir import check_output_dir
+from packloop.engine.output_dir import check_output_dir
 from packloop.errors import InputError
 from packloop.kernels.patch import patched
 

@@ -297,13 +297,3 @@ def test_a_limit_on_the_size_of_files_is_one_line_and_exit_code_1(small_base, tm
     assert re.search(r"cannot write to '.*/run/checkpoints': .*File too large.* MiB needed, .* MiB free", line)
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert names(tmp_path / "run") == []
-
-
-def test_an_output_directory_that_cannot_be_made_is_one_line(small_base, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    rows = write_rows(tmp_path / "rows.jsonl", 8)
-    config = small_config(small_base, rows, tmp_path / "file/run", train={"max_steps": 1})
-    with pytest.raises(InputError, match=r"cannot write to '.*/file/run': .*Not a directory") as caught:
-        train(config)
-    assert "\n" not in str(caught.value)
-    assert caught.value.exit_code == 1

@@ -116,12 +116,21 @@ def disk_error(path: Path, error: Exception, *, needed: int) -> InputError:
     """One line for a write that the disk refused: where, why, bytes needed and free."""
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
+    roots = (path, path / "checkpoints", path.parent / "checkpoints")  # path: of a run, or of something in it
+    again = "start again"
+    if any(_newest_first(root) for root in roots):
+        again = "continue with --resume latest: what was written before is intact"
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     remedy = "free some space or choose another train.output_dir" if full else "check the disk and its permissions"
     return InputError(
         f"cannot write to {str(path)!r}: {error} (at least {needed / 2**20:.2f} MiB needed, "
-        f"{free / 2**20:.2f} MiB free); what was written before is intact; {remedy}, then continue with --resume latest"
+        f"{free / 2**20:.2f} MiB free); {remedy}, then {again}"
     )
+
+
+def num_checkpoints(run_dir: Path) -> int:
+    """Checkpoints that `--resume latest` would look at, whole or not."""
+    return len(_newest_first(run_dir / "checkpoints"))
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Checkpoint:
@@ -142,7 +151,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> Checkpoint:
         if not fault:
             return load_checkpoint(path)
         logger.warning("checkpoint %s is damaged (%s): set aside as %s", path.name, fault, _set_aside(path, "damaged"))
-    raise InputError(f"no usable checkpoint in {str(root)!r}; start without --resume in an empty train.output_dir")
+    raise InputError(f"no usable checkpoint in {str(root)!r}; start a new run without --resume")
 
 
 def set_newer_aside(run_dir: Path, step: int) -> None:

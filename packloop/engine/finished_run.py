@@ -46,6 +46,8 @@ def open_run(path: str | Path) -> FinishedRun:
         remedy = "finish it with `packloop train --resume latest`"
         if checkpoints:
             remedy += f" or give its newest checkpoint, {checkpoints[-1]}"
+        elif path == root:
+            remedy = "it has no checkpoint either: train it anew"
         raise InputError(f"run {str(path)!r} has no {needed[0]}, so its training has not finished; {remedy}")
     if config.lora.enabled and not (path / ADAPTER_CONFIG_FILE).is_file():
         raise InputError(f"run {str(path)!r} has no {ADAPTER_CONFIG_FILE}, without which PEFT cannot load the adapter")

@@ -39,9 +39,9 @@ from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.model_card import write_adapter_card
 from packloop.engine.optim import AdamW, FlatParameters
 from packloop.engine.out_of_memory import MemoryAccount
+from packloop.engine.output_dir import check_output_dir
 from packloop.engine.plan import arrangement, finds_tokens, layout_preparation, patch_options, resolve_auto
 from packloop.engine.run_dir import (
-    check_output_dir,
     config_for_resume,
     load_trained_tensors,
     write_final_weights,

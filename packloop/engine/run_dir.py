@@ -43,15 +43,6 @@ _MEMORY_ON_RESUME = (
 )
 
 
-def check_output_dir(path: Path, *, resume: str | None) -> None:
-    """InputError where a new run would mix with what is in the directory, naming the choices."""
-    if resume is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(
-            f"train.output_dir={str(path)!r} is not empty; continue the run in it with --resume latest, "
-            "or choose another train.output_dir, or remove it"
-        )
-
-
 def may_change_on_resume(key: str) -> bool:
     """Whether a resumed run may have another value of this setting, given as section.key, than its checkpoint."""
     return key.startswith(_FREE_ON_RESUME) or key in _MEMORY_ON_RESUME
