@@ -12,7 +12,7 @@ from small_job import read_steps, rows, small_config
 from tiny_run import save_base
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from packloop.config import RunConfig
+from packloop.config import RunConfig, load_config
 from packloop.data.loader import PackLoader, build_data
 from packloop.engine.batch import Windows
 from packloop.engine.loop import NonFiniteError, train, train_step
@@ -68,6 +68,48 @@ def test_row27_a_loss_that_is_not_finite_is_not_stepped(poisoned_rows, tmp_path,
         for file in ("adapter_model.safetensors", "optimizer.safetensors"):
             assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / file).values())
     assert not (tmp_path / "run/adapter_model.safetensors").exists()
+
+
+IF_DIVERGED = "if the run has diverged, lower train.learning_rate or train.max_grad_norm and "
+DIVERGES = {"max_steps": 6, "learning_rate": 1e38, "warmup_ratio": 0.4}  # at rate 0, then half of it, then all
+
+
+def test_a_run_that_diverged_goes_on_at_another_rate_as_its_message_says(small_base, small_rows, tmp_path, caplog):
+    checkpoint = {"every": 1, "keep": 9}
+    config = small_config(small_base, small_rows, tmp_path / "run", train=DIVERGES, checkpoint=checkpoint)
+    older = ", or with --resume and the path of an older checkpoint if that one has diverged too; "
+    with pytest.raises(NonFiniteError) as caught:
+        train(config)
+    assert f"{IF_DIVERGED}continue with --resume latest{older}" in str(caught.value)
+    lower = DIVERGES | {"learning_rate": 1e-3, "max_grad_norm": 0.5}
+    config = small_config(small_base, small_rows, tmp_path / "run", train=lower, checkpoint=checkpoint)
+    with pytest.raises(NonFiniteError, match=older):  # the newest was saved after the step that was too large
+        train(config, resume="latest")
+    caplog.clear()
+    result = train(config, resume=str(tmp_path / "run/checkpoints/step-000001"))
+    assert result.state.step == 6
+    assert "train.learning_rate: 1e+38 in the checkpoint, 0.001 from here on" in caplog.messages
+    assert "train.max_grad_norm: 1.0 in the checkpoint, 0.5 from here on" in caplog.messages
+    steps = read_steps(tmp_path / "run")
+    assert [step["learning_rate"] for step in steps] == pytest.approx([0.0, *[1e-3 / 3, 2e-3 / 3], *[1e-3] * 3])
+    for directory in (tmp_path / "run", tmp_path / "run/checkpoints/step-000006"):
+        resolved = load_config(directory / "config.resolved.yaml").train
+        assert (resolved.learning_rate, resolved.max_grad_norm) == (1e-3, 0.5)
+    # It is the run's own from there on: nothing is said of it.
+    caplog.clear()
+    train(config, resume="latest")
+    assert not [message for message in caplog.messages if "from here on" in message]
+
+
+def test_a_run_that_diverged_before_its_first_checkpoint_starts_again_as_its_message_says(
+    small_base, small_rows, tmp_path
+):
+    with pytest.raises(NonFiniteError) as caught:
+        train(small_config(small_base, small_rows, tmp_path / "run", train=DIVERGES))
+    assert f"{IF_DIVERGED}start again; " in str(caught.value)
+    assert "--resume" not in str(caught.value)
+    lower = DIVERGES | {"learning_rate": 1e-3}
+    assert train(small_config(small_base, small_rows, tmp_path / "run", train=lower)).state.step == 6
 
 
 def test_row27_a_gradient_that_is_not_finite_is_not_stepped(poisoned_rows, tmp_path):

@@ -218,7 +218,7 @@ def test_the_damaged_newest_checkpoint_is_set_aside_and_the_older_one_resumed(
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("train", "learning_rate", 3e-3),
+        ("train", "weight_decay", 0.5),
         ("train", "per_device_train_batch_size", 2),
         ("train", "max_steps", 13),
         ("train", "seed", 7),
@@ -285,10 +285,10 @@ def test_a_checkpoint_that_does_not_know_its_data_is_continued_and_then_does(
 
 
 def test_every_changed_key_is_named(whole, small_base, small_rows):
-    config = config_of(small_base, small_rows, whole, train={"learning_rate": 3e-3, "seed": 7}, lora={"r": 8})
+    config = config_of(small_base, small_rows, whole, train={"weight_decay": 0.5, "seed": 7}, lora={"r": 8})
     with pytest.raises(ConfigError) as caught:
         train(config, resume="latest")
-    assert all(key in str(caught.value) for key in ("train.learning_rate", "train.seed", "lora.r"))
+    assert all(key in str(caught.value) for key in ("train.weight_decay", "train.seed", "lora.r"))
     assert "output_dir:" not in str(caught.value)
 
 

@@ -37,6 +37,7 @@ from packloop.engine.finished_run import lacks_evaluation
 from packloop.engine.metrics import MetricsFile, StepClock, StepConsole, peak_gib
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.model_card import write_adapter_card
+from packloop.engine.nonfinite import NonFiniteError, after_divergence, non_finite
 from packloop.engine.optim import AdamW, FlatParameters
 from packloop.engine.out_of_memory import MemoryAccount
 from packloop.engine.output_dir import check_output_dir
@@ -56,10 +57,6 @@ from packloop.kernels.forward_check import check_forward
 from packloop.kernels.patch import packed_loss_sum, patched
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(InputError):
-    """A loss or gradient was NaN or infinite; the optimizer did not step."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def train_step(
     loss_sum, labels, slots, real, stop_votes, gradient_norm = sums.tolist()
     grad_norm = gradient_norm / max(labels, 1.0)
     if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-        raise _non_finite(llama, flat, losses, micros, accelerator)
+        raise non_finite(llama, flat, losses, micros, accelerator)
     clip = min(1.0, max_grad_norm / (grad_norm + 1e-6))
     flat.gradient.mul_(clip / max(labels, 1.0))
     optimizer.step(learning_rate)
@@ -154,7 +151,11 @@ def train(
     """
     account = MemoryAccount(config)
     with account.explain_exhaustion():
-        return _train(config, resume, on_step, account)
+        try:
+            return _train(config, resume, on_step, account)
+        except NonFiniteError as error:
+            remedy = after_divergence(Path(config.train.output_dir), resume)
+            raise NonFiniteError(f"{error}; {remedy}") from error
 
 
 def _train(
@@ -413,24 +414,4 @@ def _announce(
         f"{data.train.offsets.size - 1:,} documents in {loader.num_packs:,} packs of {config.data.max_length} "
         f"({config.data.packing}), {num_steps:,} steps, {optimizer.flat.weight.numel():,} trained parameters, "
         f"attention {config.kernels.attention}, optimizer state {paged}"
-    )
-
-
-def _non_finite(
-    llama: nn.Module, flat: FlatParameters, losses: list[torch.Tensor], micros: list[Micro], accelerator: Accelerator
-) -> NonFiniteError:
-    """The error that names the rows of the micro-batches at fault, on whichever rank they are."""
-    finite = torch.stack(losses).isfinite().tolist()
-    if all(finite):  # then it is a gradient: each micro-batch's alone tells whose
-        for index, micro in enumerate(micros):
-            flat.zero_gradient()
-            packed_loss_sum(llama, *micro.inputs).backward()
-            finite[index] = math.isfinite(flat.gradient.norm().item())
-    rows = {row for ok, micro in zip(finite, micros, strict=True) if not ok for row in micro.batch.row_ids}
-    where = gather_object([(accelerator.process_index, sorted(rows))])
-    named = "; ".join(f"rank {rank}: rows {ids}" for rank, ids in where if ids)
-    return NonFiniteError(
-        f"the loss or its gradient is not finite ({named or 'only in the sum over the micro-batches'}); "
-        "the optimizer did not step; look at those rows, or lower train.learning_rate, "
-        "and continue with --resume latest"
     )

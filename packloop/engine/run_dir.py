@@ -41,17 +41,20 @@ _MEMORY_ON_RESUME = (
     "kernels.dequant_cache",
     "kernels.keep_inputs",
 )
+# What is lowered after a run has diverged: its steps from there on are others, and a line says which.
+_STEP_SIZE_ON_RESUME = ("train.learning_rate", "train.max_grad_norm")
 
 
 def may_change_on_resume(key: str) -> bool:
     """Whether a resumed run may have another value of this setting, given as section.key, than its checkpoint."""
-    return key.startswith(_FREE_ON_RESUME) or key in _MEMORY_ON_RESUME
+    return key.startswith(_FREE_ON_RESUME) or key in (*_MEMORY_ON_RESUME, *_STEP_SIZE_ON_RESUME)
 
 
 def config_for_resume(given: RunConfig, checkpoint_dir: Path) -> RunConfig:
     """The configuration to continue with: as given, with the choices that `auto` made in the checkpoint's run.
 
-    Another use of memory is logged. ConfigError names every setting that differs and would change the run's numbers.
+    Another use of memory or size of steps is logged. ConfigError names every other setting that differs and would
+    change the run's numbers.
     """
     old = _resolved_config(checkpoint_dir / "config.resolved.yaml")
     values = given.model_dump()
@@ -64,6 +67,8 @@ def config_for_resume(given: RunConfig, checkpoint_dir: Path) -> RunConfig:
             logger.warning("%s=%s in the checkpoint, %s from here on: equal to rounding only", key, before, now)
         elif key in _MEMORY_ON_RESUME:
             of_memory.append(f"{key} {_shown(before)} -> {_shown(now)}")
+        elif key in _STEP_SIZE_ON_RESUME:
+            logger.warning("%s: %s in the checkpoint, %s from here on", key, before, now)
         elif not may_change_on_resume(key):
             changed[key] = f"{key}: {before!r} in the checkpoint, {now!r} given"
     if changed:
