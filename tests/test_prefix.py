@@ -211,8 +211,10 @@ def test_memory_is_planned_for_the_largest_micro_batch(small_base, small_rows, t
         sizes += [share_prefixes(batch).num_slots for batch in loader.next_window()]
     assert max(sizes) <= micro.num_slots < first.num_slots
     # Of a run too long to look through, all slots of packs.
-    train_config = config.train.model_copy(update={"num_train_epochs": 17})
-    assert plan.largest_micro(config.model_copy(update={"train": train_config}), loader).num_slots == first.num_slots
+    for num_epochs, is_looked_through in ((500, True), (800, False)):
+        train_config = config.train.model_copy(update={"num_train_epochs": num_epochs})
+        micro = plan.largest_micro(config.model_copy(update={"train": train_config}), loader)
+        assert (micro.num_slots < first.num_slots) == is_looked_through
 
 
 def test_memory_is_planned_for_a_larger_one_where_the_first_shares_nothing():

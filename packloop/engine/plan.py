@@ -36,8 +36,10 @@ from packloop.kernels.patch import why_not_fused, why_not_interleaved
 
 logger = logging.getLogger(__name__)
 
-# Of a longer run not all micro-batches are looked through: memory is planned for with padding.
-_MOST_EPOCHS = 16
+# Of a longer run not all packs are looked through, which would take about a second: memory is planned for with padding.
+_MOST_PACKS = 50_000
+# What an epoch takes beside its packs, as a number of them.
+_EPOCH_PACKS = 64
 # Of few packs more epochs are looked through than a run has: benchmarks go on for as many steps as they are told.
 _LEAST_PACKS = 1024
 # Share of the slots for whose sake `auto` takes an attention that is not the fastest.
@@ -315,10 +317,12 @@ def largest_micro(config: RunConfig, loader: PackLoader) -> Batch:
 
 
 def epochs_looked_through(config: RunConfig, num_packs: int, steps_per_epoch: int) -> int | None:
-    """Epochs whose micro-batches say how large one that shares beginnings gets; None where they are too many."""
+    """Epochs whose micro-batches say how large one that shares beginnings gets; None where they take too long."""
     steps = config.train.max_steps
     num_epochs = math.ceil(steps / steps_per_epoch if steps else config.train.num_train_epochs)
-    return None if num_epochs > _MOST_EPOCHS else max(num_epochs, math.ceil(_LEAST_PACKS / num_packs))
+    if num_epochs * (num_packs + _EPOCH_PACKS) > _MOST_PACKS:
+        return None
+    return max(num_epochs, math.ceil(_LEAST_PACKS / num_packs))
 
 
 def _first_micro(loader: PackLoader) -> Batch:

@@ -1,0 +1,55 @@
+"""How large micro-batches that share beginnings get: the look-up of it, and the runs that are short enough for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_data_loader import documents_of, loader_of
+
+from packloop.config import load_config
+from packloop.data import layout, prefix
+from packloop.data.layout import most_shared_slots
+from packloop.data.prefix import CommonPrefix
+from packloop.engine import plan
+
+
+@pytest.mark.parametrize(
+    ("num_packs", "longest"),
+    [(1, 769), (1_686, 28), (15_011, 3), (49_936, 1), (49_937, 0)],  # the tutorial's rows by bfd, and one a pack
+)
+def test_packs_are_looked_through_up_to_a_number_of_them_whatever_the_epochs(num_packs, longest):
+    def looked_through(**train) -> int | None:
+        config = load_config("recipes/llama2-7b-dolly.yaml", [f"train.{key}={value}" for key, value in train.items()])
+        return plan.epochs_looked_through(config, num_packs, steps_per_epoch=-(-num_packs // 12))
+
+    steps_per_epoch = -(-num_packs // 12)
+    assert looked_through(num_train_epochs=longest + 1) is None
+    assert looked_through(max_steps=steps_per_epoch * longest + 1) is None
+    if longest:
+        expected = max(longest, -(-1024 // num_packs))  # of few packs more than the run has
+        assert looked_through(num_train_epochs=longest) == expected
+        assert looked_through(max_steps=steps_per_epoch * longest) == expected
+
+
+def test_the_most_slots_are_those_of_the_largest_micro_batch(monkeypatch):
+    """Counted one micro-batch at a time, of five ranks, of which some have nothing in an epoch's last window."""
+    monkeypatch.setattr(layout, "SLOT_MULTIPLE", 8)
+    monkeypatch.setattr(prefix, "LEAST_PREFIX", 3)
+    templated = [[*range(10, 20), 100 + number, *range(200, 200 + number)] for number in range(12)]
+    different = [list(range(100 * number, 100 * number + 3 + number)) for number in range(12)]
+    documents = documents_of(*templated, *different)
+    loader = loader_of(documents, "bfd", max_length=60, world_size=5, per_device_batch_size=1)
+    common, most, is_empty = CommonPrefix.of(documents), 0, []
+    for packs, micro_batches in map(loader.micro_batches, range(4)):
+        for chosen in micro_batches:
+            members = np.concatenate(
+                [packs.segment_document[packs.pack_offsets[n] : packs.pack_offsets[n + 1]] for n in chosen]
+                or [np.array([], dtype=int)]
+            )
+            saved = common.length * max(0, common.has_it[members].sum() - 1)
+            most = max(most, documents.lengths[members].sum() - saved)
+            is_empty.append(not len(members))
+    assert any(is_empty)
+    assert common.length > 0
+    found = most_shared_slots(common, map(loader.micro_batches, range(4)))
+    assert found == -(-most // 8) * 8
