@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from small_job import read_metrics, read_steps, small_config
 from transformers import LlamaForCausalLM, get_scheduler
 
 from packloop.data.loader import PackLoader, build_data
-from packloop.engine import schedule
+from packloop.engine import loop, metrics, schedule
 from packloop.engine.loop import train
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.optim import AdamW, FlatParameters
@@ -206,3 +207,21 @@ def test_tensorboard_gets_every_step(small_base, small_rows, tmp_path):
     expected = [(step["step"], pytest.approx(step["loss"], rel=1e-6)) for step in read_steps(tmp_path / "run")]
     assert losses == expected
     assert [event.step for event in logged.Scalars("eval_loss")] == [3]
+
+
+def test_the_peak_is_of_the_steps_alone(small_base, small_rows, tmp_path, monkeypatch):
+    """Planning for memory runs passes of its own, whose peak is not theirs; a CPU has no such figure."""
+    called = []
+
+    def trace(original, *arguments, **options):
+        called.append(original.__name__)
+        return original(*arguments, **options)
+
+    for name in ("resolve_auto", "reset_peak", "train_step"):
+        monkeypatch.setattr(loop, name, partial(trace, getattr(loop, name)))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", called.append)
+    train(small_config(small_base, small_rows, tmp_path / "run", train={"max_steps": 2}))
+    assert called == ["resolve_auto", "reset_peak", "train_step", "train_step"]
+    assert [values["peak_gib"] for values in read_metrics(tmp_path / "run", timing=True)] == [None] * 2
+    metrics.reset_peak(torch.device("cuda"))
+    assert called[4:] == [torch.device("cuda")]

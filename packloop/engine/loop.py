@@ -34,7 +34,7 @@ from packloop.engine.checkpoint import (
 from packloop.engine.environment import describe_environment
 from packloop.engine.evaluate import evaluate
 from packloop.engine.finished_run import lacks_evaluation
-from packloop.engine.metrics import MetricsFile, StepClock, StepConsole, peak_gib
+from packloop.engine.metrics import MetricsFile, StepClock, StepConsole, peak_gib, reset_peak
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.model_card import write_adapter_card
 from packloop.engine.nonfinite import NonFiniteError, after_divergence, non_finite
@@ -233,6 +233,7 @@ def _train(
         if may_lack_one and broadcast_object_list([lacks_evaluation(run_dir, state.step)])[0]:
             evaluate_now()
             stopped = state.step < num_steps and stop.voted(accelerator)
+        reset_peak(accelerator.device)
         clock = StepClock()
         while state.step < num_steps and not stopped:
             learning_rate = _learning_rate(config, state.step, num_steps)

@@ -73,8 +73,17 @@ class StepClock:
         return elapsed * 1e3
 
 
+def reset_peak(device: torch.device) -> None:
+    """Begins `peak_gib` anew: what was allocated before, to plan for memory, say, is none of the steps'."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_gib(device: torch.device) -> float | None:
-    """Peak memory allocated on the CUDA device so far, in GiB; None elsewhere."""
+    """Peak memory that torch has allocated on the CUDA device since `reset_peak`, in GiB; None elsewhere.
+
+    Neither what torch reserves beyond that nor paged optimizer state is part of it.
+    """
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
