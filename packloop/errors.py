@@ -2,13 +2,16 @@
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: one line with what, given, needed, remedy. Exit code 1."""
+    """Something the user gave cannot be used: one line with what, given, needed, remedy. Exit code 1.
+
+    Of this class itself: what settings and options name, such as rows, a model's files, a GPU, the Hub or a disk.
+    """
 
     exit_code = 1
 
 
 class ConfigError(InputError):
-    """A setting is unknown, of the wrong type or at odds with another. Exit code 2."""
+    """What was written has to change: a setting, an option or the name of something that is not there. Exit code 2."""
 
     exit_code = 2
 

@@ -235,6 +235,31 @@ def test_optional_field_that_is_not_text(tmp_path, write_rows):
     assert ", line 1: field 'input' is a number (3), and text is needed" in message
 
 
+BLANK = {
+    "response": ({"response": " \n"}, [("response",)], "field 'response' is blank, and text is needed"),
+    "one of two may be": ({"response": ""}, [("instruction", "response")], None),
+    "both": (
+        {"instruction": "", "response": "\t"},
+        [("instruction", "response")],
+        "fields 'instruction' and 'response' are blank, and text is needed",
+    ),
+    "not asked for": ({"response": ""}, [("instruction",)], None),
+}
+
+
+@pytest.mark.parametrize("case", BLANK)
+@pytest.mark.parametrize("ending", FORMATS)
+def test_blank_text(tmp_path, write_rows, ending, case):
+    blank, texts, reason = BLANK[case]
+    path = write_rows(tmp_path / f"x.{ending}", [GOOD[0], GOOD[1] | blank, GOOD[2]])
+    if reason is None:
+        assert load(path, texts=texts).row_ids == [0, 1, 2]
+        return
+    assert f": {reason}; mend it, or set data.on_bad_row=skip" in message_of(path, texts=texts)
+    kept = load(path, texts=texts, on_bad_row="skip")
+    assert (kept.row_ids, [(row.index, row.reason) for row in kept.skipped]) == ([0, 2], [(1, reason)])
+
+
 def test_row_without_a_field_that_others_have(tmp_path, write_rows):
     path = write_rows(tmp_path / "x.jsonl", [GOOD[0], {"instruction": "a"}, GOOD[2]])
     assert ", line 2: no field 'response'; it has instruction; mend it" in message_of(path)

@@ -421,3 +421,24 @@ def test_a_digest_tells_documents_apart():
     ]
     assert len({one.digest() for one in same}) == 1
     assert len({one.digest() for one in [same[0], *others]}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    ("row", "loss_on", "is_used"),
+    [
+        ({"instruction": "Say a", "context": "", "response": "a"}, "response", True),
+        ({"instruction": "", "context": " ", "response": "a"}, "all", False),
+        ({"instruction": "Say a", "context": "", "response": "\n"}, "response", False),
+        ({"instruction": "Say a", "context": "", "response": ""}, "all", True),
+    ],
+)
+def test_rows_without_text_to_learn_from_are_bad_ones(tmp_path, byte_tokenizer, write_rows, row, loss_on, is_used):
+    good = {"instruction": "Say b", "context": "c", "response": "b"}
+    source = write_rows(tmp_path / "rows.jsonl", [good, row, good])
+    settings = {"source": str(source), "template": "dolly", "packing": "bfd", "loss_on": loss_on}
+    data = build_data(DataConfig(on_bad_row="skip", **settings), byte_tokenizer, seed=0)
+    assert data.train_rows.row_ids == ([0, 1, 2] if is_used else [0, 2])
+    assert len(data.train_rows.skipped) == (0 if is_used else 1)
+    if not is_used:
+        with pytest.raises(InputError, match=r"line 2: fields? .* blank, and text is needed; mend it, or set data"):
+            build_data(DataConfig(**settings), byte_tokenizer, seed=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from packloop.config import CustomTemplate
-from packloop.data.prompts import get_template
+from packloop.data.prompts import get_template, needed_texts
 from packloop.errors import ConfigError
 
 
@@ -125,3 +125,19 @@ def test_custom_response_must_name_a_column(response):
 def test_unknown_template():
     with pytest.raises(ConfigError, match=r"data\.template='vicuna': no such template; allowed: instruction_from_resp"):
         get_template("vicuna")
+
+
+@pytest.mark.parametrize(
+    ("template", "loss_on", "needed"),
+    [
+        ("instruction_from_response", "all", [("response",)]),
+        ("instruction_from_response", "response", [("response",), ("instruction",)]),
+        ("alpaca", "response", [("instruction", "input"), ("output",)]),
+        ("dolly", "all", [("instruction", "context")]),
+        (CustomTemplate(prompt="", response="{a}"), "all", []),
+        (CustomTemplate(prompt="{a} {b}", response="{c}"), "response", [("a", "b"), ("c",)]),
+    ],
+)
+def test_texts_of_which_a_row_must_hold_one(template, loss_on, needed):
+    """Of a prompt's fields any may be blank, such as Dolly's context, but not all."""
+    assert needed_texts(get_template(template), loss_on) == needed

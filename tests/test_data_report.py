@@ -42,7 +42,7 @@ def made(tmp_path, byte_tokenizer, write_rows):
     return make
 
 
-ROWS = [{"q": "q" * (n % 5), "a": "a" * (1 + n % 3)} for n in range(40)]
+ROWS = [{"q": "q" * max(1, n % 5), "a": "a" * (1 + n % 3)} for n in range(40)]
 
 
 def test_stats_literal(made):

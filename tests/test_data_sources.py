@@ -194,6 +194,11 @@ def test_named_eval_split_of_a_file_is_refused(tmp_path, write_rows):
         train_and_eval(write_rows(tmp_path / "rows.jsonl", GOOD), "test")
 
 
+def test_a_file_that_is_not_there_is_said_before_its_splits(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.jsonl: no such file"):
+        train_and_eval(tmp_path / "none.jsonl", "test")
+
+
 def test_eval_split_equal_to_the_training_split_is_refused():
     with pytest.raises(InputError, match="is the split that is trained on"):
         train_and_eval("bundled", "train")

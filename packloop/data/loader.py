@@ -15,7 +15,7 @@ from torch import Tensor
 
 from packloop.config import DataConfig
 from packloop.data.packing import Packing, Packs, epoch_packs, pack
-from packloop.data.prompts import Template, get_template
+from packloop.data.prompts import Template, get_template, needed_texts
 from packloop.data.sources import Rows, load_train_and_eval
 from packloop.data.tokenize import Documents, TokenizeReport, tokenize_rows
 from packloop.errors import InputError
@@ -73,6 +73,7 @@ def build_data(config: DataConfig, tokenizer: Any, *, seed: int) -> TrainingData
         columns=config.columns,
         required=template.fields,
         optional=template.optional_fields,
+        texts=needed_texts(template, config.loss_on),
         on_bad_row=config.on_bad_row,
     )
     train, report = _documents(config, train_rows, template, tokenizer, "train on")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from packloop.errors import ConfigError
 
@@ -55,6 +55,35 @@ def get_template(value: str | FormatStrings) -> Template:
         render_prompt=lambda row: _fill(prompt, row),
         render_response=lambda row: _fill(response, row),
     )
+
+
+def fields_used(template: Template) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(fields that the prompt is made of, fields that the response is made of), each in the template's order."""
+    asked: set[str] = set()
+
+    class Recorder(dict):
+        def __getitem__(self, key):
+            asked.add(key)
+            return "text"
+
+        def get(self, key, default=None):
+            return self[key]
+
+    found = []
+    for render in (template.render_prompt, template.render_response):
+        asked.clear()
+        render(Recorder())  # a field belongs to the text that asks for it
+        found.append(tuple(name for name in (*template.fields, *template.optional_fields) if name in asked))
+    return found[0], found[1]
+
+
+def needed_texts(template: Template, loss_on: Literal["all", "response"]) -> list[tuple[str, ...]]:
+    """Groups of fields, of each of which a row must fill one: those of its prompt, and what alone is to be learnt.
+
+    A prompt that names no field, for texts to be learnt without one, needs none.
+    """
+    prompt, response = fields_used(template)
+    return [group for group in (prompt, response if loss_on == "response" else ()) if group]
 
 
 def _parse_format(text: str, setting: str) -> list[tuple[str, str | None]]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from packloop.data.packing import Packing, Packs, epoch_packs
 from packloop.data.prefix import CommonPrefix
 from packloop.data.sources import SkippedRow
-from packloop.errors import InputError
+from packloop.errors import ConfigError
 
 if TYPE_CHECKING:
     from packloop.config import DataConfig
@@ -80,7 +80,7 @@ def render_preview(
         data.train.lengths, config.packing, config.max_length, seed=seed, epoch=0, shuffle=config.shuffle
     )
     if pack >= len(order):
-        raise InputError(
+        raise ConfigError(
             f"pack {pack}: the first epoch has {len(order)} packs; give a number from 0 to {len(order) - 1}"
         )
     chosen = order[pack]

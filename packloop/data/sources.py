@@ -11,7 +11,8 @@ import importlib.resources
 import os
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,14 @@ SYNONYMS = {
 FILE_ENDINGS = (*EXTENSIONS, ".txt", ".tsv", ".xlsx", ".xls", ".gz", ".zip", ".zst", ".xz", ".arrow", ".yaml", ".yml")
 
 BadRowPolicy = Literal["error", "skip"]
+
+
+class MissingColumns(InputError):
+    """The rows have no column for some fields. fields: those; found: the columns that there are."""
+
+    def __init__(self, message: str, fields: Sequence[str], found: Sequence[str]) -> None:
+        super().__init__(message)
+        self.fields, self.found = list(fields), list(found)
 
 
 @dataclass(frozen=True)
@@ -65,19 +74,23 @@ def load_rows(
     columns: Mapping[str, str],
     required: Sequence[str],
     optional: Sequence[str] = (),
+    texts: Sequence[Sequence[str]] = (),
     on_bad_row: BadRowPolicy,
+    named: str = "data.source",
 ) -> Rows:
     """Rows of `source` with the fields `required` and `optional`, each read from column `columns.get(field, field)`.
 
-    An optional field that a row lacks is empty text. `split` and `revision` apply to the Hub, `split` to the bundled
-    sample too. Raises `InputError` (and `ConfigError` for a `columns` key that is no field).
+    An optional field that a row lacks is empty text. texts: groups of fields; a row that leaves all fields of a group
+    blank is a bad one. `split` and `revision` apply to the Hub, `split` to the bundled sample too. named: the setting
+    or option that said `source`, for messages. Raises `InputError`, and `ConfigError` for a file that is not there and
+    a `columns` key that is no field.
     """
     unknown = [key for key in columns if key not in (*required, *optional)]
     if unknown:
         raise ConfigError(
             f"data.columns: {unknown[0]!r} is no field of the template; its fields: {', '.join([*required, *optional])}"
         )
-    name, records = _read(source, split, revision)
+    name, records = _read(source, split, revision, named)
     column_of = {name: columns.get(name, name) for name in (*required, *optional)}
     if not records:
         raise InputError(f"{name}: it holds no rows; at least one is needed")
@@ -86,7 +99,7 @@ def load_rows(
 
     rows, row_ids, skipped = [], [], []
     for index, record in enumerate(records):
-        row = _mapped(record, column_of, optional)
+        row = _mapped(record, column_of, optional, texts)
         if isinstance(row, dict):
             rows.append(row)
             row_ids.append(index)
@@ -103,11 +116,11 @@ def split_rows(rows: Rows, eval_split: int | float, seed: int) -> tuple[Rows, Ro
     """(train, held-out) rows, drawn by `seed`, each in the source's order; skipped rows stay with train.
 
     `eval_split` is a count or, as a float below 1, a fraction of the rows (at least one row unless it is 0). Raises
-    `InputError` where nothing would be left to train on.
+    `ConfigError` where nothing would be left to train on.
     """
     count = eval_split if isinstance(eval_split, int) else (max(1, round(eval_split * len(rows))) if eval_split else 0)
     if count and count >= len(rows):
-        raise InputError(
+        raise ConfigError(
             f"data.eval_split={eval_split} holds out {count} of {len(rows)} rows and leaves none to train on; "
             "use a smaller number"
         )
@@ -131,6 +144,7 @@ def load_train_and_eval(
     columns: Mapping[str, str],
     required: Sequence[str],
     optional: Sequence[str] = (),
+    texts: Sequence[Sequence[str]] = (),
     on_bad_row: BadRowPolicy,
 ) -> tuple[Rows, Rows | None]:
     """Rows to train on and rows held out (None where `eval_split` is 0): a share of `split`, or another split."""
@@ -139,16 +153,18 @@ def load_train_and_eval(
         "columns": columns,
         "required": required,
         "optional": optional,
+        "texts": texts,
         "on_bad_row": on_bad_row,
     }
     if isinstance(eval_split, str):
         if source != BUNDLED and is_local(source):
-            raise InputError(
+            _existing_file(source, "data.source")
+            raise ConfigError(
                 f"data.eval_split={eval_split!r}: {source} is a file and has no splits; "
                 "give a count or a fraction of its rows"
             )
         if eval_split == split:
-            raise InputError(f"data.eval_split={eval_split!r} is the split that is trained on; name another")
+            raise ConfigError(f"data.eval_split={eval_split!r} is the split that is trained on; name another")
         return load_rows(source, split=split, **options), load_rows(source, split=eval_split, **options)
     rows = load_rows(source, split=split, **options)
     if not eval_split:
@@ -168,20 +184,20 @@ def is_local(source: str) -> bool:
     )
 
 
-def _read(source: str, split: str, revision: str | None) -> tuple[str, list[Record]]:
-    """(name for messages, records) of a source."""
+def _read(source: str, split: str, revision: str | None, named: str) -> tuple[str, list[Record]]:
+    """(name for messages, records) of a source, which `named` says."""
     if not source.strip():
         raise ConfigError(f"data.source={source!r}: name a file, a data set on the Hub, or {BUNDLED}")
     if source == BUNDLED:
         return f"{BUNDLED} ({split})", _read_bundled(split)
     if not is_local(source):
         return f"{source} ({split})", _read_hub(source, split, revision)
-    return source, _read_file(source)
+    return source, _read_file(source, named)
 
 
 def _read_bundled(split: str) -> list[Record]:
     if split not in BUNDLED_SPLITS:
-        raise InputError(f"{BUNDLED}: it has no split {split!r}; its splits: {', '.join(BUNDLED_SPLITS)}")
+        raise ConfigError(f"{BUNDLED}: it has no split {split!r}; its splits: {', '.join(BUNDLED_SPLITS)}")
     file = importlib.resources.files("packloop") / "bundled" / "data" / BUNDLED_SPLITS[split]
     try:
         return read_jsonl(file, f"{BUNDLED} ({split})")
@@ -191,34 +207,47 @@ def _read_bundled(split: str) -> list[Record]:
         ) from None
 
 
-def _read_file(source: str) -> list[Record]:
-    # os.path rather than Path for the probes: it answers no where a name is too long or a directory is closed.
-    path = Path(os.path.expanduser(source))
-    extension = path.suffix.lower()
+def _read_file(source: str, named: str) -> list[Record]:
+    path = _existing_file(source, named)
+    with _closed_files_named(source):
+        return READERS[path.suffix.lower()](path, source)
+
+
+@contextmanager
+def _closed_files_named(source: str) -> Iterator[None]:
     try:
+        yield
+    except OSError as error:
+        raise InputError(f"{source}: it cannot be read: {error.strerror or error}; check its permissions") from None
+
+
+def _existing_file(source: str, named: str) -> Path:
+    """The file that `source` means. `ConfigError` where there is none that can be read."""
+    with _closed_files_named(source):
+        # os.path rather than Path for the probes: it answers no where a name is too long or a directory is closed.
+        path = Path(os.path.expanduser(source))
+        extension = path.suffix.lower()
         if os.path.isdir(path):
             inside = sorted(child.name for child in path.iterdir() if child.suffix.lower() in EXTENSIONS)
             remedy = f"name a file in it: {', '.join(inside[:5])}" if inside else f"name a {_one_of(EXTENSIONS)} file"
-            raise InputError(f"{source}: this is a directory; {remedy}")
+            raise ConfigError(f"{source}: this is a directory; {remedy}")
         if extension not in EXTENSIONS:
             absent = "" if os.path.exists(path) else " (and no such file exists)"
-            raise InputError(
+            raise ConfigError(
                 f"{source}: files ending in {extension or 'nothing'!r} are not read{absent}; "
                 f"save the rows as {_one_of(EXTENSIONS)}"
             )
         if not os.path.exists(path):
             beside = [child.name for child in path.parent.iterdir()] if os.path.isdir(path.parent) else []
             near = difflib.get_close_matches(path.name, beside, n=1)
-            remedy = f"did you mean {path.with_name(near[0])}?" if near else "check data.source"
-            raise InputError(f"{source}: no such file; {remedy}")
-        return READERS[extension](path, source)
-    except OSError as error:
-        raise InputError(f"{source}: it cannot be read: {error.strerror or error}; check its permissions") from None
+            remedy = f"did you mean {path.with_name(near[0])}?" if near else f"check {named}"
+            raise ConfigError(f"{source}: no such file; {remedy}")
+        return path
 
 
 def _read_hub(source: str, split: str, revision: str | None) -> list[Record]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise InputError(
+        raise ConfigError(
             f"data.source={source!r}: neither a file nor a Hub name (owner/name); give one of them, or {BUNDLED}"
         )
     import datasets
@@ -250,10 +279,12 @@ def _require_columns(name: str, records: list[Record], wanted: list[str], column
         renames = {field_of[column]: _likely(field_of[column], found, wanted) for column in missing}
         known = {key: value for key, value in renames.items() if value}
         shown = ", ".join(f"{key}: {value}" for key, value in known.items()) or f"{field_of[missing[0]]}: COLUMN"
-        raise InputError(
+        raise MissingColumns(
             f"{name}: no column {', '.join(map(repr, missing))}; found: {', '.join(map(str, found))}; "
             f"expected: {', '.join(wanted)}; say which column is meant with data.columns={{{shown}}}, "
-            "or choose another data.template"
+            "or choose another data.template",
+            fields=[field_of[column] for column in missing],
+            found=[str(column) for column in found],
         )
 
 
@@ -266,7 +297,9 @@ def _likely(field_name: str, found: Mapping[str, Any], wanted: list[str]) -> str
     return next(iter(difflib.get_close_matches(field_name, free, n=1)), None)
 
 
-def _mapped(record: Record, column_of: dict[str, str], optional: Sequence[str]) -> dict[str, str] | str:
+def _mapped(
+    record: Record, column_of: dict[str, str], optional: Sequence[str], texts: Sequence[Sequence[str]]
+) -> dict[str, str] | str:
     """The template's fields of a record, or what is wrong with it."""
     if isinstance(record.fields, BadRecord):
         return record.fields.reason
@@ -282,6 +315,11 @@ def _mapped(record: Record, column_of: dict[str, str], optional: Sequence[str]) 
         if not _is_encodable(value):
             return f"field {column!r} holds half of a surrogate pair, which is no character"
         row[name] = value
+    for group in texts:
+        if not any(row[name].strip() for name in group):
+            columns = [repr(column_of[name]) for name in group]
+            be = "fields {} are" if len(columns) > 1 else "field {} is"
+            return f"{be.format(' and '.join(columns))} blank, and text is needed"
     return row
 
 
