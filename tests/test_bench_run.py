@@ -266,13 +266,13 @@ def test_a_tokenizer_that_is_none_is_named_by_what_said_so_and_nothing_runs(tmp_
     matrix = write(tmp_path, **({"cells": {"plain": {}}} | keys))
     with pytest.raises(InputError) as refused:
         run_matrix(matrix, tmp_path / "results", **options)
-    assert str(refused.value).startswith(f"{named.format(matrix=matrix)}='./none' cannot be loaded (")
+    assert str(refused.value).startswith(f"{named.format(matrix=matrix)}='./none' does not exist; ")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "results").exists()
 
 
 def test_the_cell_s_own_process_does_not_blame_the_model_for_the_tokenizer():
-    with pytest.raises(InputError, match=r"^--tokenizer='\./none' cannot be loaded"):
+    with pytest.raises(InputError, match=r"^--tokenizer='\./none' does not exist"):
         load_subject(parse_config(TINY["base"]), "tiny", "./none")
 
 

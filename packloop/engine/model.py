@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import textwrap
 from importlib.resources import files
 
 import torch
@@ -19,14 +21,15 @@ from transformers import (
 )
 
 from packloop.config import LoraConfig, ModelConfig
-from packloop.errors import InputError
+from packloop.engine.model_files import check_model_files, is_path
+from packloop.errors import ConfigError, InputError
 
 logger = logging.getLogger(__name__)
 
 
 def resolve_name(name_or_path: str) -> str:
-    """`bundled` -> the directory of the tiny Llama in this package; anything else as it is."""
-    return str(files("packloop.bundled") / "model") if name_or_path == "bundled" else name_or_path
+    """`bundled` -> the directory of the tiny Llama in this package; `~` -> the home directory; else as it is."""
+    return str(files("packloop.bundled") / "model") if name_or_path == "bundled" else os.path.expanduser(name_or_path)
 
 
 def load_tokenizer(config: ModelConfig, *, named: str = "model.name_or_path") -> PreTrainedTokenizerBase:
@@ -34,7 +37,7 @@ def load_tokenizer(config: ModelConfig, *, named: str = "model.name_or_path") ->
 
     named: the setting or option that said which, for messages.
     """
-    tokenizer = _from_hub(AutoTokenizer, config, named)
+    tokenizer = _load(AutoTokenizer, "tokenizer", config, named)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"{named}={config.name_or_path!r}: its tokenizer has no EOS token, which ends every document; "
@@ -48,10 +51,10 @@ def load_tokenizer(config: ModelConfig, *, named: str = "model.name_or_path") ->
 def load_base(config: ModelConfig, device: torch.device) -> LlamaForCausalLM:
     """The frozen base on `device`: NF4 linear layers or `dtype`; norms, embedding and head in `dtype`; no KV cache.
 
-    Raises InputError for a model that does not exist, cannot be reached, is no Llama or has no safetensors.
+    Raises InputError (or ConfigError) for a model that is not there, cannot be reached, is no Llama or lacks files.
     """
     dtype = getattr(torch, config.dtype)
-    architecture: PretrainedConfig = _from_hub(AutoConfig, config)
+    architecture: PretrainedConfig = _load(AutoConfig, "config", config)
     if architecture.model_type != "llama":
         raise InputError(
             f"model.name_or_path={config.name_or_path!r} is of type {architecture.model_type!r}; "
@@ -67,8 +70,9 @@ def load_base(config: ModelConfig, device: torch.device) -> LlamaForCausalLM:
             bnb_4bit_use_double_quant=config.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = _from_hub(
+    model = _load(
         LlamaForCausalLM,
+        "weights",
         config,
         config=architecture,
         dtype=dtype,
@@ -91,7 +95,7 @@ def attach_adapter(base: LlamaForCausalLM, config: LoraConfig, *, base_name: str
     names = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     names.discard("lm_head")
     if config.target_modules != "all-linear" and (unknown := set(config.target_modules) - names):
-        raise InputError(
+        raise ConfigError(
             f"lora.target_modules={sorted(unknown)} match no layer of the model; it has {', '.join(sorted(names))}"
         )
     adapter = PeftLoraConfig(
@@ -116,19 +120,24 @@ def load_model(model: ModelConfig, lora: LoraConfig, device: torch.device) -> Pe
     return attach_adapter(base, lora, base_name=model.name_or_path)
 
 
-def _from_hub(cls, source: ModelConfig, named: str = "model.name_or_path", /, **kwargs):
+def _load(cls, part: str, source: ModelConfig, named: str = "model.name_or_path", /, **kwargs):
     """`cls.from_pretrained` with the run's source; its failures as one line that says what to do.
 
-    named: the setting that the source comes from.
+    part: of the model, as `check_model_files` calls it. named: the setting that the source comes from.
     """
     name = resolve_name(source.name_or_path)
+    check_model_files(name, part, named=named)
     if source.trust_remote_code:
         kwargs["trust_remote_code"] = True
     try:
         return cls.from_pretrained(name, revision=source.revision or "main", **kwargs)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{named}={source.name_or_path!r} cannot be loaded ({reason}); "
-            "give a local directory or a Hub name that this machine can reach, logged in where the model is gated"
-        ) from error
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        where = f"{named}={source.name_or_path!r}"
+        if not is_path(name):
+            raise InputError(
+                f"{where} is no directory here and cannot be loaded from the Hub ({reason}); "
+                "give a local directory or a Hub name that this machine can reach, logged in where the model is gated"
+            ) from error
+        needed = "a tokenizer.json, as save_pretrained writes it" if part == "tokenizer" else "a Llama model's files"
+        raise InputError(f"{where}: its {part} cannot be loaded ({reason}); needed is {needed}") from error
