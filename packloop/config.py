@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from packloop.config_faults import describe_faults
 from packloop.data.prompts import get_template
-from packloop.errors import ConfigError, InputError
+from packloop.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -304,8 +304,8 @@ for _side in (_UniqueKeyLoader, _Dumper):
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration in the YAML file at `path`, changed by `section.key=value` overrides.
 
-    With `path` None the defaults are the start. Raises `InputError` for a file that cannot be read and `ConfigError`
-    for what is in it, one line a fault.
+    With `path` None the defaults are the start. Raises `ConfigError`, one line a fault, for a file that cannot be read
+    and for what is in it.
     """
     values: Any = {}
     if path is not None:
@@ -322,16 +322,16 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
 def read_yaml(path: Path, what: str, help: str) -> Any:
     """What the YAML file at `path` holds; messages call it `what` and end with `help`.
 
-    Raises `InputError` for a file that cannot be read, `ConfigError` for one that is not YAML.
+    Raises `ConfigError` for a file that cannot be read or is not YAML.
     """
     if path.suffix not in (".yaml", ".yml"):
-        raise InputError(f"{what} {str(path)!r}: a .yaml file is needed; {help}")
+        raise ConfigError(f"{what} {str(path)!r}: a .yaml file is needed; {help}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{what} {str(path)!r} does not exist; {help}") from None
+        raise ConfigError(f"{what} {str(path)!r} does not exist; {help}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} {str(path)!r} cannot be read: {error}") from None
+        raise ConfigError(f"{what} {str(path)!r} cannot be read: {error}") from None
     return parse_yaml(text, str(path))
 
 

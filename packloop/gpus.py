@@ -10,7 +10,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from packloop.errors import InputError
+from packloop.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def find_gpu(name: str) -> Gpu | None:
 
 
 def require_gpu(name: str) -> Gpu:
-    """The same for a name that a user gave. InputError where it is not listed."""
+    """The same for a name that a user gave. ConfigError where it is not listed."""
     gpu = find_gpu(name)
     if gpu is None:
         keys = [gpu.key for gpu in GPUS]
         nearest = difflib.get_close_matches(name.strip().lower(), keys, n=1, cutoff=0.75)
         hint = f"; the nearest is {nearest[0]}" if nearest else ""
-        raise InputError(f"GPU {name!r} is not known; known: {', '.join(keys)}{hint}")
+        raise ConfigError(f"GPU {name!r} is not known; known: {', '.join(keys)}{hint}")
     return gpu

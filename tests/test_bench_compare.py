@@ -259,7 +259,7 @@ def test_a_lower_power_limit_is_another_condition(tmp_path):
 @pytest.mark.parametrize(
     ("arrange", "error", "words"),
     [
-        (lambda a, b: saved(a, cell("x")), InputError, "no such directory"),
+        (lambda a, b: saved(a, cell("x")), ConfigError, "no such directory"),
         (lambda a, b: (saved(a, cell("x")), b.mkdir()), InputError, "no cells"),
         (lambda a, b: (saved(a, cell("x")), _other_version(b)), InputError, "schema version 7, this packloop reads 1"),
     ],

@@ -257,21 +257,21 @@ def test_the_same_cell_in_two_directories_is_refused(results, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arrange", "words"),
+    ("arrange", "code", "words"),
     [
-        (lambda path: None, "no such directory"),
-        (lambda path: path.mkdir(), "no cells"),
-        (lambda path: save_cell(path, cell("x")).write_text("{"), "cannot be read"),
-        (lambda path: save_cell(path, cell("x")).write_text('{"schema_version": 2}'), "schema version 2"),
+        (lambda path: None, 2, "no such directory"),
+        (lambda path: path.mkdir(), 1, "no cells"),
+        (lambda path: save_cell(path, cell("x")).write_text("{"), 1, "cannot be read"),
+        (lambda path: save_cell(path, cell("x")).write_text('{"schema_version": 2}'), 1, "schema version 2"),
     ],
 )
-def test_results_that_cannot_be_read_get_one_line(tmp_path, capsys, monkeypatch, arrange, words):
+def test_results_that_cannot_be_read_get_one_line(tmp_path, capsys, monkeypatch, arrange, code, words):
     arrange(tmp_path / "results")
     arguments = ["packloop", "bench", "report", str(tmp_path / "results"), "--output", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 1
+    assert ended.value.code == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert words in line

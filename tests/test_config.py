@@ -217,9 +217,9 @@ def test_every_fault_has_its_line():
     [("missing.yaml", "does not exist; recipes/ holds examples"), ("run.toml", r"a \.yaml file is needed")],
 )
 def test_a_file_that_is_none(tmp_path, name, message):
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load_config(tmp_path / name)
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 2
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

@@ -23,7 +23,7 @@ import numpy as np
 
 from packloop.bench.document import Table, markdown_table
 from packloop.bench.results import Cell, Figures, load_cells
-from packloop.errors import ConfigError, InputError
+from packloop.errors import ConfigError
 
 RESAMPLES = 10_000
 COVERAGE = 0.95
@@ -104,7 +104,7 @@ def compare_directories(
 
 def _by_name(directory: Path) -> dict[str, Cell]:
     if not directory.is_dir():
-        raise InputError(f"results {str(directory)!r}: no such directory; `packloop bench run` writes one")
+        raise ConfigError(f"results {str(directory)!r}: no such directory; `packloop bench run` writes one")
     return {cell.name: cell for cell in load_cells(directory)}
 
 

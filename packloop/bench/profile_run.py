@@ -32,7 +32,7 @@ from packloop.config import RunConfig
 from packloop.engine.budget import is_out_of_memory, lift_limit, limit_memory
 from packloop.engine.loop import set_numerics
 from packloop.engine.plan import count_layers
-from packloop.errors import InputError, OutOfMemoryError
+from packloop.errors import ConfigError, InputError, OutOfMemoryError
 from packloop.kernels.patch import why_not_fused
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def profile_command(
     if output.exists() and any(output.iterdir()):
         raise InputError(f"--output {str(output)!r} is not empty; give a new directory, for example {output}-2")
     if not config.lora.enabled:
-        raise InputError("lora.enabled=false: profile takes steps on a frozen base; use lora.enabled=true")
+        raise ConfigError("lora.enabled=false: profile takes steps on a frozen base; use lora.enabled=true")
     with tempfile.TemporaryDirectory() as directory:
         trace = Path(directory) / "trace.json"
         try:

@@ -39,7 +39,7 @@ from packloop.bench.output import require_writable
 from packloop.bench.plots import memory_plot, rate_of, rates_plot, time_plot
 from packloop.bench.prices import Instance, load_prices
 from packloop.bench.results import Cell, Conditions, load_cells
-from packloop.errors import InputError
+from packloop.errors import ConfigError, InputError
 from packloop.gpus import require_gpu
 
 _HOW_TO_READ = [
@@ -78,7 +78,7 @@ def gather_cells(directories: Sequence[Path]) -> list[Cell]:
     cells: list[Cell] = []
     for directory in dict.fromkeys(path.resolve() for path in directories):
         if not directory.is_dir():
-            raise InputError(f"results {str(directory)!r}: no such directory; `packloop bench run` writes one")
+            raise ConfigError(f"results {str(directory)!r}: no such directory; `packloop bench run` writes one")
         cells.extend(load_cells(directory))
     return cells
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from packloop.errors import InputError
+from packloop.errors import ConfigError, InputError
 
 SHAPES = {
     "llama2-7b": {
@@ -54,12 +54,12 @@ SHAPES = {
 
 
 def check_shape(shape: str) -> None:
-    """InputError unless `shape` is named here or is a directory with a Llama's config.json."""
+    """ConfigError unless `shape` is named here or is a model's directory, InputError unless that is a Llama's."""
     if shape in SHAPES:
         return
     path = Path(shape) / "config.json"
     if not path.is_file():
-        raise InputError(
+        raise ConfigError(
             f"model shape {shape!r} is neither {', '.join(SHAPES)} nor a directory with a model's config.json"
         )
     try:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from packloop.engine.state import TrainState
-from packloop.errors import InputError
+from packloop.errors import ConfigError, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -137,10 +137,14 @@ def find_checkpoint(run_dir: Path, resume: str) -> Checkpoint:
     """The checkpoint that `--resume` names: `latest` or a directory.
 
     `latest` takes the newest that verifies; one that does not is renamed to `NAME.damaged` and the next older is
-    tried. A named directory must verify itself. InputError where none does.
+    tried. A named directory must verify itself. InputError where none does, ConfigError where it is not there.
     """
     if resume != "latest":
         path = Path(resume)
+        if not path.is_dir():
+            raise ConfigError(
+                f"--resume {resume}: no such directory; name one in {str(run_dir / 'checkpoints')!r}, or latest"
+            )
         fault = verify(path)
         if fault:
             raise InputError(f"checkpoint {str(path)!r} cannot be used: {fault}; --resume latest finds one that can")

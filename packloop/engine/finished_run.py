@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from packloop.config import RunConfig, load_config
-from packloop.errors import InputError
+from packloop.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +31,17 @@ class FinishedRun:
 
 
 def open_run(path: str | Path) -> FinishedRun:
-    """The run at RUN or RUN/checkpoints/step-N. InputError where there is none or its training has not finished."""
+    """The run at RUN or RUN/checkpoints/step-N.
+
+    ConfigError where there is none, InputError where its training has not finished.
+    """
     path = Path(path)
     if not path.is_dir():
-        raise InputError(f"run {str(path)!r} is not a directory; give the train.output_dir of a finished run")
+        raise ConfigError(f"run {str(path)!r} is not a directory; give the train.output_dir of a finished run")
     parent = path.resolve().parent
     root = parent.parent if parent.name == "checkpoints" and (parent.parent / CONFIG_FILE).is_file() else path
     if not (root / CONFIG_FILE).is_file():
-        raise InputError(f"run {str(path)!r} has no {CONFIG_FILE}; give the train.output_dir of a finished run")
+        raise ConfigError(f"run {str(path)!r} has no {CONFIG_FILE}; give the train.output_dir of a finished run")
     config = load_config(root / CONFIG_FILE)
     needed = (ADAPTER_FILE,) if config.lora.enabled else MODEL_FILES
     if not any((path / name).is_file() for name in needed):

@@ -28,7 +28,7 @@ from transformers import GenerationConfig
 from packloop.engine.base_weights import BaseWeights, find_base_weights
 from packloop.engine.finished_run import ADAPTER_FILE, FinishedRun, load_run_tokenizer, open_run
 from packloop.engine.model_card import write_merged_card
-from packloop.errors import InputError
+from packloop.errors import ConfigError, InputError
 
 Base = Literal["original", "dequantized"]
 
@@ -127,9 +127,9 @@ def _check_request(run: FinishedRun, output_dir: Path, base: str) -> None:
             "and its directory already is a full model"
         )
     if base not in ("original", "dequantized"):
-        raise InputError(f"base={base!r}: allowed: original, dequantized")
+        raise ConfigError(f"base={base!r}: allowed: original, dequantized")
     if base == "dequantized" and run.config.model.quantization == "none":
-        raise InputError(
+        raise ConfigError(
             "base=dequantized: the run trained on unquantised weights (model.quantization=none), "
             "so there is nothing to dequantise; use base=original"
         )

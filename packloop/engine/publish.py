@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from packloop.engine.finished_run import ADAPTER_FILE, CONFIG_FILE, METRICS_FILE, MODEL_FILES, open_run
-from packloop.errors import InputError
+from packloop.errors import ConfigError, InputError
 
 _COMMON_FILES = (
     "README.md",
@@ -73,18 +73,19 @@ def push(
     console = console or Console()
     _check_repo_id(repo_id)
     run_dir = Path(run_dir)
+    run = open_run(run_dir) if merged else None
     files = [] if merged else files_to_upload(run_dir, metrics=metrics)
     token = get_token()
     if token is None:
         raise InputError("no Hugging Face token is found; log in with `hf auth login` or set HF_TOKEN, then push again")
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     exists, private = _look_up(api, repo_id, private)
-    if not merged:
+    if run is None:
         return _confirm_and_upload(api, Upload(repo_id, private, exists, tuple(files)), yes, console)
 
     from packloop.engine.merge import merge
 
-    root = open_run(run_dir).root.resolve()
+    root = run.root.resolve()
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-merged-", dir=root.parent) as directory:
         console.print(Text("merging the adapter into its base"), soft_wrap=True)
         files = files_to_upload(merge(run_dir, Path(directory) / "merged", base=base))
@@ -94,19 +95,19 @@ def push(
 def files_to_upload(directory: Path, *, metrics: bool = False) -> list[Path]:
     """The files of a run or a merged model that belong on the Hub, by name, in a fixed order.
 
-    Raises InputError where the directory holds no weights, or is a checkpoint instead of a finished run.
+    Raises ConfigError where the directory holds no weights, or is a checkpoint instead of a finished run.
     """
     if (directory / CONFIG_FILE).exists():
         run = open_run(directory)
         if run.root != run.weights:
-            raise InputError(f"{str(directory)!r} is a checkpoint; push the finished run, {str(run.root)!r}")
+            raise ConfigError(f"{str(directory)!r} is a checkpoint; push the finished run, {str(run.root)!r}")
     if (directory / ADAPTER_FILE).is_file():
         wanted = (*_COMMON_FILES, *_ADAPTER_FILES)
     elif any((directory / name).is_file() for name in MODEL_FILES):
         shards = sorted(path.name for path in directory.iterdir() if _SHARD.fullmatch(path.name))
         wanted = (*_COMMON_FILES, *_FULL_MODEL_FILES, *shards)
     else:
-        raise InputError(
+        raise ConfigError(
             f"{str(directory)!r} holds neither {ADAPTER_FILE} nor {MODEL_FILES[0]}; "
             "give the directory of a finished run or one that `packloop merge` wrote"
         )
@@ -123,7 +124,7 @@ def _check_repo_id(repo_id: str) -> None:
     except HFValidationError as error:
         reason = " ".join(str(error).split())
     if reason:
-        raise InputError(f"repository {repo_id!r}: owner/name is needed, such as me/my-adapter ({reason})")
+        raise ConfigError(f"repository {repo_id!r}: owner/name is needed, such as me/my-adapter ({reason})")
 
 
 def _look_up(api: HfApi, repo_id: str, private: bool) -> tuple[bool, bool]:
@@ -148,7 +149,7 @@ def _confirm_and_upload(api: HfApi, upload: Upload, yes: bool, console: Console)
         console.print(Text(line), soft_wrap=True)
     if not yes:
         if not sys.stdin.isatty():
-            raise InputError("nothing is uploaded without a yes; there is no terminal to ask on, so say --yes")
+            raise ConfigError("nothing is uploaded without a yes; there is no terminal to ask on, so say --yes")
         if console.input("Upload these? [y/N] ").strip().lower() not in ("y", "yes"):
             console.print(Text("nothing was uploaded"))
             return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from transformers import LlamaConfig
 
 from packloop.config import LoraConfig, ModelConfig, RunConfig
-from packloop.errors import InputError
+from packloop.errors import ConfigError
 
 # Of bitsandbytes: weights that share a scale, scales that share one of their own, entries of the scales' code.
 _BLOCK_WEIGHTS, _BLOCK_SCALES, _SCALE_CODE = 64, 256, 256
@@ -80,9 +80,11 @@ class ModelShape:
 
     @classmethod
     def of(cls, architecture: LlamaConfig, model: ModelConfig, lora: LoraConfig) -> ModelShape:
-        """InputError for a target that names no linear layer, or a model without frozen base and adapters."""
+        """ConfigError for a target that names no linear layer, or a model without frozen base and adapters."""
         if not lora.enabled:
-            raise InputError("lora.enabled=false: predictions are for adapters on a frozen base; use lora.enabled=true")
+            raise ConfigError(
+                "lora.enabled=false: predictions are for adapters on a frozen base; use lora.enabled=true"
+            )
         hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
         heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads
         head_dim = getattr(architecture, "head_dim", None) or hidden // heads
@@ -95,7 +97,7 @@ class ModelShape:
         names = [name for _, outputs in members.values() for name in outputs]
         targets = names if lora.target_modules == "all-linear" else lora.target_modules
         if unknown := set(targets) - set(names):
-            raise InputError(
+            raise ConfigError(
                 f"lora.target_modules={sorted(unknown)} match no layer of the model; it has {', '.join(sorted(names))}"
             )
         is_nf4 = model.quantization == "nf4"
