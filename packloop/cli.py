@@ -7,13 +7,16 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from packloop.errors import InputError
+from packloop.cli_errors import UsageError, asks_for_help, is_first_rank, say_error, usage_line
+from packloop.engine.sampling import Sampling
+from packloop.errors import ConfigError, InputError
 
 app = typer.Typer(
     name="packloop",
@@ -60,13 +63,12 @@ def train(
     from packloop.engine.loop import train as run
 
     result = run(run_config, resume=resume)
-    is_first = int(os.environ.get("RANK", "0")) == 0
     if result.stopped_by is not None:
         again = shlex.join(["packloop", "train", str(config), *(overrides or ()), "--resume", "latest"])
-        if is_first:
+        if is_first_rank():
             typer.echo(f"stopped at step {result.state.step}; continue with: {again}")
         raise typer.Exit(128 + result.stopped_by)
-    if is_first:
+    if is_first_rank():
         typer.echo(f"finished: {result.state.step} steps, {result.state.real_tokens:,} tokens, in {result.run_dir}")
 
 
@@ -118,32 +120,27 @@ def generate(
     text: Annotated[str | None, typer.Option(help="One text to write the response for.")] = None,
     file: Annotated[Path | None, typer.Option(help="json, jsonl, csv or parquet file of texts.")] = None,
     field: Annotated[str | None, typer.Option(help="Column of --file; default: the template's own.")] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="Rows held out by the run, else of its training.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Rows held out by the run, else of its training.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write {instruction, response} rows to this .jsonl file.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token each time, no sampling.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01)] = 0.9,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.9,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    temperature: Annotated[float, typer.Option(help="Above 1 more varied, towards 0 likelier.")] = Sampling.temperature,
+    top_p: Annotated[float, typer.Option(help="Sample of tokens of this total probability.")] = Sampling.top_p,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = Sampling.max_new_tokens,
+    batch_size: Annotated[int, typer.Option(help="Texts at a time.")] = Sampling.batch_size,
+    seed: Annotated[int, typer.Option(help="Of the sampling, and of the rows of --sample.")] = Sampling.seed,
 ) -> None:
     """Write responses with the model of RUN, for a text, a file of texts or held-out rows."""
     from packloop.engine.generate_rows import generate_command
 
-    generate_command(
-        run,
-        text=text,
-        file=file,
-        field=field,
-        sample=sample,
-        output=output,
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
         greedy=greedy,
         temperature=temperature,
         top_p=top_p,
-        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
     )
+    generate_command(run, text=text, file=file, field=field, sample=sample, output=output, sampling=sampling)
 
 
 @app.command()
@@ -354,15 +351,24 @@ def compare(
 
 
 def main() -> None:
-    """Entry point. One line an error, exit code 1, 2 (configuration) or 3 (memory); a traceback only with --debug."""
+    """Entry point. One line an error, exit code 1, 2 (command line) or 3 (memory); a traceback too with --debug."""
     _options.debug = False
     try:
-        app()
+        sys.exit(app(prog_name="packloop", standalone_mode=False))
+    except UsageError as error:
+        if asks_for_help(error):
+            error.show()
+        else:
+            say_error(usage_line(error, typer.main.get_command(app), sys.argv[1:]), is_shared=True)
+        sys.exit(2)
     except InputError as error:
         if _options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
+            traceback.print_exc()
+        say_error(str(error), is_shared=isinstance(error, ConfigError))
         sys.exit(error.exit_code)
+    except typer.Abort:
+        print("aborted", file=sys.stderr)
+        sys.exit(1)
     except RuntimeError as error:
         from packloop.engine.budget import is_out_of_memory
         from packloop.engine.out_of_memory import first_sentence

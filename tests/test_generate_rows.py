@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tiny_run import run_config, save_base, save_run
 
+from packloop import cli
 from packloop.data.prompts import get_template
+from packloop.engine import generate_rows
 from packloop.engine.finished_run import open_run
 from packloop.engine.generate_rows import generate_command, template_fields
-from packloop.errors import InputError
+from packloop.engine.sampling import Sampling
+from packloop.errors import ConfigError, InputError
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +54,13 @@ def test_the_prompts_own_fields_are_found(template, expected):
     assert fields.response == expected[2]
 
 
-def say(run_dir: Path, *, width: int = 120, terminal: bool = False, **options) -> tuple[list, str]:
+def say(
+    run_dir: Path, *, width: int = 120, terminal: bool = False, greedy: bool = False, **options
+) -> tuple[list, str]:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
-    return generate_command(run_dir, console=console, max_new_tokens=5, **options), out.getvalue()
+    sampling = Sampling(max_new_tokens=5, greedy=greedy)
+    return generate_command(run_dir, console=console, sampling=sampling, **options), out.getvalue()
 
 
 def test_a_text_is_generated_for_and_shown(run_dir):
@@ -171,20 +178,39 @@ def test_a_wide_terminal_shows_columns_and_what_a_text_holds_cannot_steer_it(run
         ({"text": "a", "field": "body"}, "--field body names a column of --file"),
         ({"text": " "}, "--text is empty"),
         ({"sample": 0}, "--sample 0: at least 1"),
-        ({"sample": 1, "batch_size": 0}, "--batch-size 0: at least 1"),
-        ({"sample": 1, "temperature": 0.0}, "--greedy takes the likeliest token"),
-        ({"sample": 1, "top_p": 1.5}, "--top-p 1.5"),
         ({"sample": 1, "output": "new.csv"}, "a .jsonl file is written"),
         ({"sample": 1, "output": "no/such/dir/new.jsonl"}, "there is no directory 'no/such/dir'"),
         ({"file": "mails.docx"}, r"--file mails\.docx: a \.json, \.jsonl, \.csv, \.parquet file is needed"),
         ({"file": "bundled"}, r"--file bundled: a \.json"),
-        ({"file": "missing.jsonl"}, r"missing\.jsonl"),
+        ({"file": "missing.jsonl"}, r"^missing\.jsonl: no such file; check --file$"),
     ],
 )
 def test_bad_arguments_are_one_line_with_the_remedy(run_dir, options, message):
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         generate_command(run_dir, console=Console(file=io.StringIO()), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size 0: at least 1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0: at least 1"),
+        ({"seed": -1}, "--seed -1: at least 0"),
+        ({"temperature": 0.0}, "--temperature 0.0: a number above 0 is needed; --greedy takes the likeliest token"),
+        ({"top_p": 1.5}, "--top-p 1.5"),
+    ],
+)
+def test_sampling_out_of_bounds(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**options)
+
+
+def test_the_command_line_s_defaults_are_those_of_sampling(monkeypatch):
+    given = {}
+    monkeypatch.setattr(generate_rows, "generate_command", lambda run, **options: given.update(options))
+    cli.app(["generate", "RUN"], standalone_mode=False)
+    assert given["sampling"] == Sampling()
 
 
 def test_an_existing_file_is_never_overwritten(run_dir, tmp_path):
@@ -198,5 +224,34 @@ def test_an_existing_file_is_never_overwritten(run_dir, tmp_path):
 def test_a_missing_column_names_those_that_are_there(run_dir, tmp_path):
     file = tmp_path / "mails.jsonl"
     file.write_text('{"text_body": "hello"}\n')
-    with pytest.raises(InputError, match=r"text_body.*--field names the column"):
+    message = f"--file {file}: no column response; it has text_body; say with --field which one holds the texts"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         say(run_dir, file=str(file))
+    message = f"--field body: no such column in {file}; it has text_body; nearest: text_body"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        say(run_dir, file=str(file), field="body")
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted(run_dir, tmp_path):
+    bodies = ["the tap leaks", None, 3, "", " \n", "hello", None, None]
+    file, output = tmp_path / "mails.jsonl", tmp_path / "new.jsonl"
+    file.write_text("".join(json.dumps({"body": body}) + "\n" for body in bodies))
+    results, shown = say(run_dir, file=str(file), field="body", output=output, greedy=True)
+    assert [result.row["response"] for result in results] == ["the tap leaks", "hello"]
+    assert "row 1 (counting from 0) is left out: field 'body' is null, and text is needed\n" in shown
+    assert "row 3 (counting from 0) is left out: field 'body' is blank, and text is needed\n" in shown
+    assert "and so is 1 more of 8 rows\n" in shown
+    assert "; 6 of the file that cannot be used are left out\n" in shown
+    assert all(json.loads(line)["response"].strip() for line in output.read_text().splitlines())
+
+
+def test_an_empty_csv_row_is_no_text(run_dir, tmp_path):
+    file = tmp_path / "mails.csv"
+    file.write_text('body\nhello\n""\n')
+    results, _ = say(run_dir, file=str(file), field="body")
+    assert [result.row["response"] for result in results] == ["hello"]
+    file.write_text('body\n""\n')
+    with pytest.raises(InputError, match="none of its 1 rows can be used; the first: field 'body' is blank") as caught:
+        say(run_dir, file=str(file), field="body")
+    assert caught.value.exit_code == 1
+    assert "data." not in str(caught.value)

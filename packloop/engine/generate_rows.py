@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import random
@@ -16,14 +17,17 @@ from rich.table import Table
 from rich.text import Text
 
 from packloop.config import DataConfig
-from packloop.data.files import EXTENSIONS
-from packloop.data.prompts import Template, get_template
-from packloop.data.sources import Rows, load_rows, load_train_and_eval
+from packloop.data.files import EXTENSIONS, row_place
+from packloop.data.prompts import Template, fields_used, get_template, needed_texts
+from packloop.data.sources import MissingColumns, Rows, load_rows, load_train_and_eval
 from packloop.engine.finished_run import open_run
-from packloop.errors import InputError
+from packloop.engine.sampling import Sampling
+from packloop.errors import ConfigError, InputError
 
 # Narrower than this, three columns of text are harder to read than one below the other.
 _COLUMNS_WIDTH = 100
+# Rows left out of which each is listed; the others are counted.
+_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -51,24 +55,20 @@ def generate_command(
     file: str | Path | None = None,
     field: str | None = None,
     sample: int | None = None,
-    max_new_tokens: int = 100,
-    greedy: bool = False,
-    temperature: float = 0.9,
-    top_p: float = 0.9,
-    batch_size: int = 8,
-    seed: int = 0,
     output: str | Path | None = None,
+    sampling: Sampling | None = None,
     console: Console | None = None,
 ) -> list[Generation]:
     """Generates for `text`, for the rows of `file` or for `sample` held-out rows, prints each and returns them.
 
     file: json, jsonl, csv or parquet; `field` names its column for the template's main prompt field. sample: rows of
-    the run's held-out part, or of its training rows, saying so, where it has none; drawn by `seed`. output: a .jsonl
-    file of {"instruction", "response"} objects that training takes as input; written whole or not at all, never over an
-    existing file. Raises InputError (all of it before the model is loaded, but for prompts that are too long).
+    the run's held-out part, or of its training rows, saying so, where it has none; drawn by the sampling's seed.
+    output: a .jsonl file of {"instruction", "response"} objects that training takes as input; written whole or not at
+    all, never over an existing file. Rows of `file` that cannot be used are left out and said to be. Raises InputError
+    and ConfigError (all before the model is loaded, but for prompts that are too long).
     """
-    console = console or Console()
-    _check_arguments(text, file, field, sample, temperature, top_p, batch_size, max_new_tokens)
+    console, sampling = console or Console(), sampling or Sampling()
+    _check_arguments(text, file, field, sample)
     target = _check_output(output)
     config = open_run(run_dir).config
     template = get_template(config.data.template)
@@ -78,10 +78,10 @@ def generate_command(
     elif file is not None:
         rows = _rows_of_file(str(file), field, config.data, template, fields)
     else:
-        rows, note = _sampled_rows(config.data, config.train.seed, template, sample, seed)
+        rows, note = _sampled_rows(config.data, config.train.seed, template, sample, sampling.seed)
         console.print(Text(note), soft_wrap=True)
-    for skipped in rows.skipped:
-        console.print(Text(f"row {skipped.index} is left out: {skipped.reason}"), soft_wrap=True)
+    for line in _left_out(rows):
+        console.print(Text(line), soft_wrap=True)
 
     from packloop.engine.generate import generate_texts, load_run  # torch: only once the arguments are known to be good
 
@@ -92,12 +92,12 @@ def generate_command(
             model,
             tokenizer,
             [template.render_prompt(row) for row in rows.rows],
-            max_new_tokens=max_new_tokens,
-            do_sample=not greedy,
-            temperature=temperature,
-            top_p=top_p,
-            batch_size=batch_size,
-            seed=seed,
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=not sampling.greedy,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            batch_size=sampling.batch_size,
+            seed=sampling.seed,
             on_batch=lambda count: progress.advance(task, count),
         )
     results = [
@@ -109,30 +109,16 @@ def generate_command(
         num_written = write_pairs(target, results, template, fields)
         empty = len(results) - num_written
         left_out = f"; {empty} for which the model wrote nothing are left out" if empty else ""
+        left_out += f"; {len(rows.skipped)} of the file that cannot be used are left out" if rows.skipped else ""
         console.print(Text(f"{num_written} rows written to {output}{left_out}"), soft_wrap=True)
     return results
 
 
 def template_fields(template: Template) -> TemplateFields:
-    """Found by rendering: a field belongs to the text that asks for it."""
-    asked: list[str] = []
-
-    class Recorder(dict):
-        def __getitem__(self, key):
-            asked.append(key)
-            return "text"
-
-        def get(self, key, default=None):
-            return self[key]
-
-    found = []
-    for render in (template.render_prompt, template.render_response):
-        asked.clear()
-        render(Recorder())
-        found.append(tuple(name for name in (*template.fields, *template.optional_fields) if name in asked))
-    prompt, response = found
+    """The template's, by `fields_used`. ConfigError where the prompt names none that every row has."""
+    prompt, response = fields_used(template)
     if not set(prompt) & set(template.fields):
-        raise InputError(f"data.template={template.name}: its prompt names no column, so there is nothing to give it")
+        raise ConfigError(f"data.template={template.name}: its prompt names no column, so there is nothing to give it")
     return TemplateFields(main=prompt[0], prompt=prompt, response=response)
 
 
@@ -185,25 +171,16 @@ def _pair(result: Generation, fields: TemplateFields) -> tuple[str, str]:
     return given, result.generated
 
 
-def _check_arguments(text, file, field, sample, temperature, top_p, batch_size, max_new_tokens) -> None:
+def _check_arguments(text, file, field, sample) -> None:
     given = [name for name, value in (("--text", text), ("--file", file), ("--sample", sample)) if value is not None]
     if len(given) != 1:
-        raise InputError(f"one of --text, --file and --sample is needed, given {' and '.join(given) or 'none'}")
+        raise ConfigError(f"one of --text, --file and --sample is needed, given {' and '.join(given) or 'none'}")
     if file is not None and Path(file).suffix.lower() not in EXTENSIONS:
-        raise InputError(f"--file {file}: a {', '.join(EXTENSIONS)} file is needed; save the rows as one of these")
+        raise ConfigError(f"--file {file}: a {', '.join(EXTENSIONS)} file is needed; save the rows as one of these")
     if field is not None and file is None:
-        raise InputError(f"--field {field} names a column of --file, which is not given")
-    for name, value, low in (
-        ("--sample", sample, 1),
-        ("--batch-size", batch_size, 1),
-        ("--max-new-tokens", max_new_tokens, 1),
-    ):
-        if value is not None and value < low:
-            raise InputError(f"{name} {value}: at least {low} is needed")
-    if not temperature > 0:
-        raise InputError(f"--temperature {temperature}: a number above 0 is needed; --greedy takes the likeliest token")
-    if not 0 < top_p <= 1:
-        raise InputError(f"--top-p {top_p}: a number above 0, at most 1, is needed")
+        raise ConfigError(f"--field {field} names a column of --file, which is not given")
+    if sample is not None and sample < 1:
+        raise ConfigError(f"--sample {sample}: at least 1 is needed")
 
 
 def _check_output(output: str | Path | None) -> Path | None:
@@ -211,23 +188,25 @@ def _check_output(output: str | Path | None) -> Path | None:
         return None
     path = Path(output)
     if path.suffix != ".jsonl":
-        raise InputError(f"--output {output}: a .jsonl file is written; name one")
+        raise ConfigError(f"--output {output}: a .jsonl file is written; name one")
     if path.exists():
         raise InputError(f"--output {output} exists and is not overwritten; name another file or remove it")
     if not path.parent.is_dir():
-        raise InputError(f"--output {output}: there is no directory {str(path.parent)!r}; make it or name another file")
+        raise ConfigError(
+            f"--output {output}: there is no directory {str(path.parent)!r}; make it or name another file"
+        )
     return path
 
 
 def _row_of_text(text: str, fields: TemplateFields, template: Template) -> Rows:
     others = [name for name in fields.prompt if name != fields.main and name in template.fields]
     if others:
-        raise InputError(
+        raise ConfigError(
             f"--text fills one field, and the run's prompt needs {fields.main}, {', '.join(others)}; "
             "give a --file with those"
         )
     if not text.strip():
-        raise InputError("--text is empty; give the text to generate for")
+        raise ConfigError("--text is empty; give the text to generate for")
     empty = dict.fromkeys(fields.prompt, "")
     return Rows(rows=[{**empty, fields.main: text}], row_ids=[0])
 
@@ -235,22 +214,37 @@ def _row_of_text(text: str, fields: TemplateFields, template: Template) -> Rows:
 def _rows_of_file(file: str, field: str | None, data: DataConfig, template: Template, fields: TemplateFields) -> Rows:
     """Rows of a file of the user's own: the prompt's fields are needed, the response's are the truth where they are."""
     required = [name for name in fields.prompt if name in template.fields]
-    optional = [name for name in (*fields.prompt, *fields.response) if name not in required]
-    optional = list(dict.fromkeys(optional))
-    mapped = {name: column for name, column in data.columns.items() if name in required}
+    optional = [name for name in dict.fromkeys((*fields.prompt, *fields.response)) if name not in required]
+    columns = {name: column for name, column in data.columns.items() if name in (*required, *optional)}
     if field is not None:
-        mapped[fields.main] = field
-    mapped_optional = {name: column for name, column in data.columns.items() if name in optional}
-    options = {"required": required, "on_bad_row": data.on_bad_row}
-    if mapped_optional:
-        try:
-            return load_rows(file, columns={**mapped, **mapped_optional}, optional=optional, **options)
-        except InputError:
-            pass  # the training data's other columns need not be in this file
+        columns[fields.main] = field
+    options = {"required": required, "optional": optional, "texts": [fields.prompt], "on_bad_row": "skip"}
     try:
-        return load_rows(file, columns=mapped, optional=optional, **options)
-    except InputError as error:
-        raise InputError(f"{error} (--field names the column that is {fields.main})") from None
+        return load_rows(file, columns=columns, named="--file", **options)
+    except MissingColumns as error:
+        absent = error
+    # The training data's other columns need not be in this file.
+    left = {name: column for name, column in columns.items() if name in required or name not in absent.fields}
+    if not set(absent.fields) & set(required):
+        return load_rows(file, columns=left, named="--file", **options)
+    has = f"it has {', '.join(absent.found)}"
+    if fields.main not in absent.fields:
+        missing = ", ".join(columns.get(name, name) for name in absent.fields if name in required)
+        raise ConfigError(f"--file {file}: no column {missing}, which the run's prompt needs too; {has}; name one so")
+    if field is not None:
+        near = difflib.get_close_matches(field, absent.found, n=1)
+        raise ConfigError(f"--field {field}: no such column in {file}; {has}{f'; nearest: {near[0]}' if near else ''}")
+    column = columns.get(fields.main, fields.main)
+    raise ConfigError(f"--file {file}: no column {column}; {has}; say with --field which one holds the texts")
+
+
+def _left_out(rows: Rows) -> list[str]:
+    """A line for each of the first rows of a file that cannot be used, and their number where there are more."""
+    lines = [f"{row_place(row.index)} is left out: {row.reason}" for row in rows.skipped[:_LISTED]]
+    if len(rows.skipped) > _LISTED:
+        more = len(rows.skipped) - _LISTED
+        lines.append(f"and so {'is' if more == 1 else 'are'} {more} more of {len(rows) + len(rows.skipped)} rows")
+    return lines
 
 
 def _sampled_rows(data: DataConfig, data_seed: int, template: Template, count: int, seed: int) -> tuple[Rows, str]:
@@ -263,6 +257,7 @@ def _sampled_rows(data: DataConfig, data_seed: int, template: Template, count: i
         columns=data.columns,
         required=template.fields,
         optional=template.optional_fields,
+        texts=needed_texts(template, data.loss_on),  # as in training, or other rows would be held out
         on_bad_row=data.on_bad_row,
     )
     rows = train if held_out is None else held_out
