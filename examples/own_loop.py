@@ -20,6 +20,7 @@ from packloop.engine import schedule
 from packloop.engine.batch import to_device
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.optim import AdamW, FlatParameters
+from packloop.errors import InputError
 from packloop.kernels.patch import packed_loss_sum, patched, why_not_fused
 
 
@@ -71,5 +72,10 @@ def own_loop(config: RunConfig) -> Iterator[float]:
 
 
 if __name__ == "__main__":
-    for number, loss in enumerate(own_loop(load_config(sys.argv[1], sys.argv[2:])), start=1):
-        print(f"step {number}  loss {loss:.4f}")
+    if len(sys.argv) < 2:
+        sys.exit("usage: python examples/own_loop.py CONFIG [SECTION.KEY=VALUE]...")
+    try:
+        for number, loss in enumerate(own_loop(load_config(sys.argv[1], sys.argv[2:])), start=1):
+            print(f"step {number}  loss {loss:.4f}")
+    except InputError as error:  # ConfigError is one
+        sys.exit(f"error: {error}")

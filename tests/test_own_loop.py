@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,23 @@ def test_own_loop_gives_the_losses_of_train(own_loop, small_base, small_rows, tm
     losses = list(own_loop(config))
     assert losses == [step["loss"] for step in read_steps(tmp_path / "run")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "usage: python examples/own_loop.py CONFIG"),
+        (["none.yaml"], "error: configuration 'none.yaml' does not exist"),
+        (
+            ["recipes/demo.yaml", "train.max_step=3"],
+            "error: train.max_step=3: no such setting; nearest: train.max_steps",
+        ),
+    ],
+)
+def test_a_wrong_command_is_one_line(monkeypatch, arguments, line):
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    monkeypatch.setattr(sys, "argv", ["own_loop.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert str(ended.value).startswith(line)
+    assert "\n" not in str(ended.value)
