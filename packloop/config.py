@@ -238,6 +238,8 @@ class LogConfig(Section):
 
 # Attention backends that see one causal sequence a row and no document boundaries in it.
 PLAIN_CAUSAL_ATTENTION = frozenset({"cudnn"})
+# As `kernels.operations` has them: what stock layers leave to Hugging Face, PEFT and bitsandbytes.
+_OF_FUSED_LAYERS = ("rms_norm", "rope", "swiglu", "nf4", "matmul", "gated", "token_reuse", "lora")
 
 
 class RunConfig(Section):
@@ -273,6 +275,23 @@ class RunConfig(Section):
                 "lora.enabled=false trains the base, and kernels.layer=fused trains adapters on a frozen one; "
                 "use kernels.layer=auto or lora.enabled=true"
             )
+        kernels = self.kernels
+        if kernels.prefix_reuse == "micro_batch" and self.data.packing == "wrapped":
+            raise ValueError(
+                "kernels.prefix_reuse=micro_batch: under data.packing=wrapped documents see those before them; "
+                "use data.packing=bfd"
+            )
+        if kernels.prefix_reuse == "micro_batch" and kernels.padding == "keep":
+            raise ValueError(
+                "kernels.prefix_reuse=micro_batch: kernels.padding=keep gives every pack a row of its own; "
+                "use kernels.padding=drop"
+            )
+        for name in _OF_FUSED_LAYERS:
+            if kernels.layer == "stock" and getattr(kernels, name) not in ("auto", "torch", "none"):
+                raise ValueError(
+                    f"kernels.{name}={getattr(kernels, name)}: kernels.layer=stock runs Hugging Face's own code; "
+                    f"use kernels.{name}=auto or kernels.layer=auto"
+                )
         if self.lora.enabled and self.lora.target_modules == []:
             raise ValueError(
                 "lora.target_modules is empty, so nothing would be trained; use names of layers or all-linear"

@@ -116,6 +116,13 @@ CONTRADICTIONS = [
         ["lora.enabled=false", "model.quantization=none", "model.dtype=float32", "kernels.layer=fused"],
         ("lora.enabled", "kernels.layer"),
     ),
+    (["kernels.prefix_reuse=micro_batch", "data.packing=wrapped"], ("kernels.prefix_reuse", "data.packing")),
+    (
+        ["kernels.prefix_reuse=micro_batch", "data.packing=bfd", "kernels.padding=keep"],
+        ("kernels.prefix_reuse", "kernels.padding"),
+    ),
+    (["kernels.layer=stock", "kernels.rms_norm=triton"], ("kernels.rms_norm", "kernels.layer")),
+    (["kernels.layer=stock", "kernels.lora=fused"], ("kernels.lora", "kernels.layer")),
 ]
 
 BAD_FILES = {

@@ -19,6 +19,7 @@ from test_fused_layer import make_model
 from test_kernels_patch import packed
 from tiny_run import save_base
 
+from packloop import config as settings
 from packloop.config import KernelsConfig, load_config
 from packloop.engine import checkpoint
 from packloop.engine.loop import train
@@ -29,6 +30,7 @@ from packloop.kernels import (
     gated,
     linear_cross_entropy,
     nf4,
+    operations,
     reference,
     rms_norm,
     rope,
@@ -218,6 +220,7 @@ def test_a_function_that_is_asked_for_triton_never_takes_torch_instead():
 
 
 def test_every_operation_is_a_setting_of_the_same_name_and_values():
+    assert settings._OF_FUSED_LAYERS == operations._OF_FUSED_LAYERS
     for name in NAMES:
         field = KernelsConfig.model_fields[name]
         others = {

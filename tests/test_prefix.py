@@ -344,9 +344,8 @@ def test_a_run_that_shares_learns_the_same(small_base, small_rows, tmp_path, mon
 def test_what_cannot_share_is_refused(small_base, small_rows, tmp_path, sections, message, monkeypatch):
     monkeypatch.setattr(plan, "FLAT", (*FLAT, "sdpa"))
     kernels = {"prefix_reuse": "micro_batch", **sections.pop("kernels", {})}
-    config = small_config(small_base, small_rows, tmp_path / "run", kernels=kernels, **sections)
     with pytest.raises(ConfigError, match=r"kernels\.prefix_reuse=micro_batch: " + re.escape(message)):
-        train(config)
+        train(small_config(small_base, small_rows, tmp_path / "run", kernels=kernels, **sections))
 
 
 TEMPLATED, DIFFERENT, EQUAL = (

@@ -27,7 +27,6 @@ from packloop.engine.plan import (
     knows_no_beginnings,
     may_drop_padding,
     needs_rows,
-    why_not_shared,
 )
 from packloop.engine.planner.policy import MemoryPlan
 from packloop.engine.planner.rates import ATTENTION_RATES
@@ -183,8 +182,6 @@ def attentions(config: RunConfig, gpu: Gpu, head_dim: int) -> list[str]:
         if config.data.packing != "bfd" or not possible:
             possible.append("sdpa")
     if config.kernels.prefix_reuse == "micro_batch":
-        if reason := why_not_shared(config):
-            raise InputError(f"kernels.prefix_reuse=micro_batch: {reason}")
         if not set(possible) & set(SHARING):
             raise InputError(knows_no_beginnings(possible[0], reasons))
         return [name for name in possible if name in SHARING]

@@ -158,8 +158,6 @@ def _resolve_memory(
 def _resolve_layout(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> dict[str, str]:
     """kernels.attention, padding and prefix_reuse: documents lie end to end where the attention that is taken can."""
     kernels, micro = config.kernels, _first_micro(loader)
-    if reason := why_not_shared(config):
-        raise ConfigError(f"kernels.prefix_reuse=micro_batch: {reason}")
     is_asked = kernels.prefix_reuse == "micro_batch" or kernels.padding == "drop"
     drops = may_drop_padding(config, on_gpu=device.type == "cuda")
     shares = drops and kernels.prefix_reuse != "none" and config.data.packing != "wrapped"
@@ -188,17 +186,6 @@ def _resolve_layout(config: RunConfig, model: nn.Module, loader: PackLoader, dev
         "padding": "drop" if drops else "keep",
         "prefix_reuse": "micro_batch" if shares else "none",
     }
-
-
-def why_not_shared(config: RunConfig) -> str | None:
-    """What in a configuration that asks for shared beginnings contradicts them; None where nothing does."""
-    if config.kernels.prefix_reuse != "micro_batch":
-        return None
-    if config.data.packing == "wrapped":
-        return "under data.packing=wrapped documents see those before them; use data.packing=bfd"
-    if config.kernels.padding == "keep":
-        return "kernels.padding=keep gives every pack a row of its own; use kernels.padding=drop"
-    return None
 
 
 def may_drop_padding(config: RunConfig, *, on_gpu: bool) -> bool:
