@@ -127,7 +127,7 @@ def test_auto_is_settled_within_the_budget(monkeypatch, capsys):
     [
         ([RECIPE, "--synthetic", "tiny"], 1, "no GPU at hand: name one with --gpu"),
         ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--probe"], 1, "leave --probe out"),
-        ([RECIPE, "kernels.attention=flash_attn_4", "--synthetic", "tiny", "--gpu", "a10g"], 1, "9.0 is needed"),
+        ([RECIPE, "kernels.attention=flash_attn_4", "--synthetic", "tiny", "--gpu", "a10g"], 2, "9.0 is needed"),
         ([RECIPE, "--synthetic", "tiny", "--gpu", "z80"], 2, f"known: {GPUS[0].key}"),
         ([RECIPE, "--synthetic", "tiny", "--gpu", "t4"], 1, "has no bfloat16"),
         ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--budget", "30"], 2, "--budget 30: the a10g has 22.0 GiB"),
@@ -136,7 +136,7 @@ def test_auto_is_settled_within_the_budget(monkeypatch, capsys):
             2,
             "memory_budget_gib=24.0: the",
         ),
-        ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--budget", "much"], 1, "--budget 'much': an amount of"),
+        ([RECIPE, "--synthetic", "tiny", "--gpu", "a10g", "--budget", "much"], 2, "--budget 'much': an amount of"),
         ([RECIPE, "--gpu", "a10g"], 1, "its configuration cannot be read ("),
         ([RECIPE, "--synthetic", "huge", "--gpu", "a10g"], 2, "model shape 'huge'"),
         ([RECIPE, "--synthetic", "llama2-7b", "--gpu", "a10g", "--budget", "3"], 3, "base weights"),

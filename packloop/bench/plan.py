@@ -33,7 +33,7 @@ from packloop.engine.planner.rates import ATTENTION_RATES
 from packloop.engine.planner.search import Candidate, Search
 from packloop.engine.planner.shape import ModelShape
 from packloop.engine.planner.time import Load
-from packloop.errors import InputError, OutOfMemoryError
+from packloop.errors import ConfigError, InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
 from packloop.kernels.attention import FLAT, SHARING
 from packloop.kernels.flash_attention import NEEDED_CAPABILITY, why_not_heads
@@ -91,7 +91,7 @@ def plan(
         notes.append(f"kernels.{', '.join(switched)}=torch: predicted as if auto, which is faster and takes less")
     shape = replace(ModelShape.of_run(architecture, config), gated=_is_gated(config.kernels, chosen))
     if config.kernels.gated == "quack" and not shape.is_gated:
-        raise InputError(f"kernels.gated=quack: {NEEDED_OF_MODEL}; use kernels.gated=none")
+        raise ConfigError(f"kernels.gated=quack: {NEEDED_OF_MODEL}; use kernels.gated=none")
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
     data = build_data(config.data, tokenizer, seed=config.train.seed)
     load_of, is_paged = loads(config, data, tokenizer.pad_token_id), config.train.optim == "paged_adamw_32bit"
@@ -123,11 +123,11 @@ def _rate(candidate: Candidate) -> float:
 def _is_gated(kernels: KernelsConfig, gpu: Gpu) -> bool:
     """Whether quack runs the gated products; for `auto` what is installed here counts where this is the GPU at hand.
 
-    InputError where they are asked for and the GPU is none that quack has them for.
+    ConfigError where they are asked for and the GPU is none that quack has them for.
     """
     is_hopper, asked = gpu.capability[0] == HOPPER, kernels.gated
     if asked == "quack" and not is_hopper:
-        raise InputError(
+        raise ConfigError(
             f"kernels.gated=quack: the {gpu.key} has compute capability {_dotted(gpu.capability)}, "
             f"{HOPPER}.x is needed; use kernels.gated=auto"
         )
@@ -149,17 +149,17 @@ def gpu_at_hand() -> Gpu:
 
 
 def parse_budget(text: str) -> float:
-    """GiB of "22", "22GiB" or "24GB". InputError for anything else."""
+    """GiB of "22", "22GiB" or "24GB". ConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise InputError(f"--budget {text!r}: an amount of memory is needed, for example 22, 22GiB or 24GB")
+        raise ConfigError(f"--budget {text!r}: an amount of memory is needed, for example 22, 22GiB or 24GB")
     return float(match[1]) * _UNITS[match[2]] / GIB
 
 
 def attentions(config: RunConfig, gpu: Gpu, head_dim: int) -> list[str]:
     """What `kernels.attention` may become: itself, or for `auto` the backends that need no package of their own.
 
-    InputError where what is asked for cannot run on this GPU, or for heads of this many features.
+    ConfigError where what is asked for cannot run on this GPU, or for heads of this many features.
     """
     asked = config.kernels.attention
     reasons = {name: why_not_heads(name, head_dim, gpu.capability) for name in ATTENTION_RATES}
@@ -168,12 +168,12 @@ def attentions(config: RunConfig, gpu: Gpu, head_dim: int) -> list[str]:
             raise InputError(f"kernels.attention={asked}: predictions know {', '.join(ATTENTION_RATES)} and auto")
         needed = NEEDED_CAPABILITY.get(asked, (0, 0))
         if gpu.capability < needed:
-            raise InputError(
+            raise ConfigError(
                 f"kernels.attention={asked}: the {gpu.key} has compute capability {_dotted(gpu.capability)}, "
                 f"{_dotted(needed)} is needed; use kernels.attention=auto"
             )
         if reasons[asked] is not None:
-            raise InputError(f"kernels.attention={asked}: {reasons[asked]}; use kernels.attention=auto")
+            raise ConfigError(f"kernels.attention={asked}: {reasons[asked]}; use kernels.attention=auto")
         possible = [asked]
     elif config.model.dtype != "bfloat16":
         possible = ["sdpa"]
@@ -183,12 +183,12 @@ def attentions(config: RunConfig, gpu: Gpu, head_dim: int) -> list[str]:
             possible.append("sdpa")
     if config.kernels.prefix_reuse == "micro_batch":
         if not set(possible) & set(SHARING):
-            raise InputError(knows_no_beginnings(possible[0], reasons))
+            raise ConfigError(knows_no_beginnings(possible[0], reasons))
         return [name for name in possible if name in SHARING]
     if config.kernels.padding != "drop":
         return possible
     if not set(possible) & set(FLAT):
-        raise InputError(needs_rows(possible[0], reasons))
+        raise ConfigError(needs_rows(possible[0], reasons))
     return [name for name in possible if name in FLAT]
 
 
