@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 from pathlib import Path
@@ -61,6 +62,16 @@ def llama2_tokenizer(shared_data):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(shared_data / "llama2-tokenizer")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rare_garbage_collection():
+    """In Triton's interpreter, which makes objects by the million: a seventh of its time went into looking at them."""
+    from interpreter import INTERPRETING
+
+    if INTERPRETING:
+        gc.set_threshold(200_000, 50, 50)
+        gc.freeze()
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def test_forward_and_every_gradient(lengths: list[int], heads: tuple[int, int, i
 
 
 @interpreted
-@pytest.mark.parametrize(("lengths", "heads"), [([40, 13], (4, 2, 64)), ([2, 20], (8, 1, 128))])
+@pytest.mark.parametrize(("lengths", "heads"), [([20, 13], (4, 2, 64)), ([2, 9], (8, 1, 16))])
 def test_grouped_heads_and_every_gradient(lengths: list[int], heads: tuple[int, int, int]):
     case = make_case(lengths, heads)
     assert_equal_within_rounding(case, DocumentAttention(LARGE, BackwardTiles(LARGE, LARGE)), case.rotation)
@@ -126,7 +126,6 @@ def test_grouped_heads_and_every_gradient(lengths: list[int], heads: tuple[int, 
 @pytest.mark.parametrize(
     "backend",
     [
-        DocumentAttention(),
         DocumentAttention(WIDE, BackwardTiles(queries=WIDE, keys=TALL)),
         DocumentAttention(TALL, BackwardTiles(queries=TALL, keys=WIDE)),
     ],
