@@ -97,14 +97,17 @@ class DataConfig(Section):
     on_long_row: Literal["truncate", "split", "drop", "error"] = Field(
         "truncate", description="A document longer than max_length under bfd or none; wrapped never meets one."
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="A row that cannot be read or lacks a field.")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="A row that cannot be read, lacks a field or has no text."
+    )
 
 
 class TrainConfig(Section):
     """The loop."""
 
     output_dir: Name = Field(
-        "runs/llama2-7b-dolly", description="Where the run's files go; must be empty or missing, or use --resume."
+        "runs/llama2-7b-dolly",
+        description="Where the run's files go; must be missing, empty or of a run without checkpoint, or use --resume.",
     )
     num_train_epochs: Annotated[float, Field(gt=0)] = Field(3, description="Passes over the data; 0.5 is half of one.")
     max_steps: Positive | None = Field(None, description="Optimizer steps; where given, num_train_epochs is not used.")

@@ -75,6 +75,15 @@ def _rare_garbage_collection():
 
 
 @pytest.fixture
+def short_beginnings(monkeypatch):
+    """Documents of a few tokens share what they begin with, in rows of a few slots."""
+    from packloop.data import layout, prefix
+
+    monkeypatch.setattr(layout, "SLOT_MULTIPLE", 8)
+    monkeypatch.setattr(prefix, "LEAST_PREFIX", 3)
+
+
+@pytest.fixture
 def poisoned_outputs():
     """In Triton's interpreter new memory holds NaN, so an element that a kernel leaves out shows."""
     from interpreter import INTERPRETING

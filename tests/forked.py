@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -35,7 +36,7 @@ class Forked:
         self.args, self.returncode = args, None
         self.pid = os.fork()
         if self.pid == 0:
-            _end(lambda: _become(words, theirs, stdout.fileno(), env, cwd, pass_fds, start_new_session))
+            end(lambda: _become(words, theirs, stdout.fileno(), env, cwd, pass_fds, start_new_session))
         os.close(theirs)
         self.stdin = os.fdopen(ours, "wb")
 
@@ -86,8 +87,8 @@ def _become(words, stdin, stdout, env, cwd, pass_fds, start_new_session) -> None
         runpy.run_path(words[0], run_name="__main__")
 
 
-def _end(function) -> None:
-    """Exits as the interpreter would after `function`."""
+def end(function: Callable[[], object]) -> None:
+    """Runs `function` and exits as the interpreter would after it."""
     code = 1
     try:
         function()

@@ -8,12 +8,12 @@ import os
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
+from forked import end
 from tiny_run import run_config
 
 from packloop.config import RunConfig
@@ -90,26 +90,19 @@ def fork(function: Callable[[], object], log: Path) -> int:
 
     Forked, since importing torch and transformers anew would take most of a test's time.
     """
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
+
+    def run() -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         function()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        end(run)
+    return child
 
 
 def wait(child: int) -> int:

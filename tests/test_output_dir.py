@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -37,11 +38,7 @@ def killed(small_base, small_rows, tmp_path_factory) -> Path:
 
 
 def trackers() -> list[str]:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        return []
-    return ["tensorboard"]
+    return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
 
 
 def leave_half_a_save(run_dir: Path) -> None:

@@ -34,12 +34,7 @@ from packloop.kernels.linear_cross_entropy import cross_entropy_, linear_cross_e
 from packloop.kernels.patch import packed_loss_sum, patched
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 8)
-    monkeypatch.setattr(prefix, "LEAST_PREFIX", 3)
+pytestmark = pytest.mark.usefixtures("short_beginnings")
 
 
 def batch_of(documents: Documents, packing: str = "bfd", max_length: int = 24):

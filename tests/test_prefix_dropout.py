@@ -6,11 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_prefix import _small, batch_of, step_of, templated  # noqa: F401 (a fixture for every test)
+from test_prefix import batch_of, step_of, templated
 
 from packloop.data.layout import share_prefixes
 from packloop.kernels import reference
 from packloop.kernels.operations import Operations
+
+pytestmark = pytest.mark.usefixtures("short_beginnings")
 
 
 @pytest.mark.parametrize("lora", ["fused", "torch"])

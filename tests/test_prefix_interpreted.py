@@ -9,8 +9,6 @@ from test_engine_packed import load_model
 from test_prefix import batch_of, templated
 from tiny_run import save_base
 
-from packloop.data import layout as layout_module
-from packloop.data import prefix
 from packloop.data.layout import share_prefixes
 from packloop.engine.batch import Micro
 from packloop.engine.optim import FlatParameters
@@ -29,9 +27,7 @@ def base(tmp_path_factory):
 
 @interpreted
 @pytest.mark.parametrize("options", [{"recompute_layers": 1}], ids=str)
-def test_losses_and_gradients_are_those_of_whole_documents(base, options, monkeypatch):
-    monkeypatch.setattr(layout_module, "SLOT_MULTIPLE", 8)
-    monkeypatch.setattr(prefix, "LEAST_PREFIX", 3)
+def test_losses_and_gradients_are_those_of_whole_documents(base, options, short_beginnings):
     packed = batch_of(templated(num_documents=2))
     shared = share_prefixes(packed)
     assert shared.num_slots < packed.num_real_tokens

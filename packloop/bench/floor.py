@@ -27,6 +27,7 @@ from transformers import LlamaConfig
 
 from packloop.bench.steps import Lap, synchronize
 from packloop.engine.batch import Micro
+from packloop.engine.planner.shape import heads_of
 from packloop.kernels.attention import SHARING, DocumentLayout, choose_backend, load_backend
 from packloop.kernels.matmul import matmul
 
@@ -46,8 +47,8 @@ class Group:
 def groups_of(config: LlamaConfig) -> list[Group]:
     """Of one decoder layer."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    heads, kv_heads, head_dim = heads_of(config)
+    q_size, kv_size = heads * head_dim, kv_heads * head_dim
     return [
         Group("qkv", hidden, (q_size, kv_size, kv_size)),
         Group("o", q_size, (hidden,)),
@@ -144,7 +145,7 @@ class Floor:
             is_packed=any(layout.is_packed for layout in layouts),
             dtype=self.dtype,
             device=self.device,
-            heads=self._heads,
+            heads=heads_of(self.config),
             layout=layouts[0],
             among=SHARING if shares else None,
         )
@@ -169,16 +170,10 @@ class Floor:
             run["head forward"](num_labels)
             run["head input gradient"](num_labels)
 
-    @property
-    def _heads(self) -> tuple[int, int, int]:
-        config = self.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return config.num_attention_heads, config.num_key_value_heads, head_dim
-
     def _inputs(self, num_slots: int) -> list[Tensor]:
         """q, k, v, the output's gradient, and places for the gradients of q, k and v."""
         if not self._attention_inputs or len(self._attention_inputs[0]) < num_slots:
-            heads, kv_heads, head_dim = self._heads
+            heads, kv_heads, head_dim = heads_of(self.config)
             counts = (heads, kv_heads, kv_heads, heads)
             made = [_normal((num_slots, count, head_dim), self.dtype, self.device) for count in counts]
             self._attention_inputs = made + [torch.empty_like(x) for x in made[:3]]

@@ -28,6 +28,7 @@ from packloop.bench.results import Ceilings, Flops
 from packloop.config import LoraConfig, RunConfig
 from packloop.data.loader import Batch
 from packloop.engine.plan import count_layers
+from packloop.engine.planner.shape import heads_of
 from packloop.gpus import find_gpu
 
 # Products of attention's backward pass: dP, dQ, dK, dV, and the scores where they were not kept.
@@ -70,8 +71,8 @@ def work_of(micros: Sequence[Batch], attention: str) -> Work:
 def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
     """(in, out) features of the linear layers of one decoder layer of a LlamaConfig."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    heads, kv_heads, head_dim = heads_of(config)
+    q_size, kv_size = heads * head_dim, kv_heads * head_dim
     return {
         "q_proj": (hidden, q_size),
         "k_proj": (hidden, kv_size),

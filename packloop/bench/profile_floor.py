@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig
 
+from packloop.engine.planner.shape import heads_of
 from packloop.kernels.attention import SHARING, DocumentLayout, load_backend, rotates, usable_backends
 from packloop.kernels.rope import Rotation, rope_
 
@@ -44,8 +45,7 @@ def measure_attention(
     """
     layouts = list(layouts)
     is_packed = any(layout.is_packed for layout in layouts)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    reasons = usable_backends(is_packed=is_packed, dtype=dtype, device=device, head_dim=head_dim)
+    reasons = usable_backends(is_packed=is_packed, dtype=dtype, device=device, head_dim=heads_of(config)[2])
     names = [name for name, reason in reasons.items() if reason is None and name != "eager"]
     if is_packed and device.type == "cuda" and len(names) > 1:
         names.remove("sdpa")
@@ -62,8 +62,7 @@ def _time_backend(
     name: str, config: LlamaConfig, layout: DocumentLayout, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float, float]:
     """(forward, backward, RoPE both ways) of one layer on random inputs."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, kv_heads, head_dim = heads_of(config)
     num_rows, row_slots = layout.document_ids_BL.shape
     scale, backend = head_dim**-0.5, load_backend(name)
     q, k, v, d_out = (

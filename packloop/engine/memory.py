@@ -209,7 +209,9 @@ def _does_not_fit(plan: MemoryPlan, llama: nn.Module, micro: tuple, config: RunC
     """For the error: the smallest plan there is, where its memory goes as predicted, and what to change."""
     shape, slots = ModelShape.of_run(llama.config, config), MicroBatch(micro[0].numel(), config.kernels.attention)
     is_paged = config.train.optim == "paged_adamw_32bit"
-    forecast = MemoryModel(shape, slots, is_paged=is_paged).forecast(plan)
+    device = micro[0].device
+    of_gpu = {"capability": torch.cuda.get_device_capability(device)} if device.type == "cuda" else {}
+    forecast = MemoryModel(shape, slots, is_paged=is_paged, **of_gpu).forecast(plan)
     rows = forecast.parts_gib | {"reserved in all": forecast.reserved_gib}
     if is_paged:
         rows["paged optimizer state"] = forecast.managed_gib

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import LlamaConfig
 
 from packloop.config import RunConfig
 from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
@@ -21,6 +20,7 @@ from packloop.engine.batch import to_device
 from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory
 from packloop.engine.planner.policy import MemoryPlan, count_layers
+from packloop.engine.planner.shape import heads_of
 from packloop.errors import ConfigError
 from packloop.kernels.attention import (
     FLAT,
@@ -219,13 +219,6 @@ def _resolve_attention(
         raise ConfigError(str(error)) from None
     logger.info("kernels.attention=%s: %s", name, why)
     return name
-
-
-def heads_of(architecture: LlamaConfig) -> tuple[int, int, int]:
-    """(query heads, key/value heads, features of a head)."""
-    heads = architecture.num_attention_heads
-    head_dim = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
-    return heads, architecture.num_key_value_heads, head_dim
 
 
 def needs_rows(attention: str, reasons: dict[str, str | None]) -> str:

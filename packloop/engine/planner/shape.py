@@ -86,8 +86,7 @@ class ModelShape:
                 "lora.enabled=false: predictions are for adapters on a frozen base; use lora.enabled=true"
             )
         hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
-        heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads
-        head_dim = getattr(architecture, "head_dim", None) or hidden // heads
+        heads, kv_heads, head_dim = heads_of(architecture)
         members = {
             "qkv": (hidden, {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}),
             "o": (heads * head_dim, {"o_proj": hidden}),
@@ -124,10 +123,7 @@ class ModelShape:
 
     @classmethod
     def of_run(cls, architecture: LlamaConfig, config: RunConfig) -> ModelShape:
-        shape, kernels = cls.of(architecture, config.model, config.lora), config.kernels
-        if kernels.lora == "torch":
-            shape = replace(shape, groups=tuple(replace(group, extends=False) for group in shape.groups))
-        return replace(shape, gated=kernels.gated == "quack" and kernels.lora != "torch")
+        return replace(cls.of(architecture, config.model, config.lora), gated=config.kernels.gated == "quack")
 
     def group(self, name: str) -> GroupShape:
         return next(group for group in self.groups if group.name == name)
@@ -190,3 +186,10 @@ class ModelShape:
         """Of the embedding, the head and the norms."""
         matrices = (1 if self.is_tied else 2) * self.vocabulary * self.hidden
         return (matrices + (2 * self.num_layers + 1) * self.hidden) * self.itemsize
+
+
+def heads_of(architecture: LlamaConfig) -> tuple[int, int, int]:
+    """(query heads, key/value heads, features of a head)."""
+    heads = architecture.num_attention_heads
+    head_dim = getattr(architecture, "head_dim", None) or architecture.hidden_size // heads
+    return heads, architecture.num_key_value_heads, head_dim
