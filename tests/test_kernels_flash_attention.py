@@ -13,7 +13,7 @@ from torch import Tensor
 from packloop.kernels.attention import DocumentLayout, load_backend
 from packloop.kernels.flash_attention import CALLS, FlashAttn2, FlashAttn4
 
-HEADS, KV_HEADS, HEAD_DIM, SCALE = 4, 2, 8, 0.3
+HEADS, KV_HEADS, HEAD_DIM, SCALE = 4, 2, 64, 0.1
 
 
 def layout_of(*rows: list[int], is_packed: bool) -> DocumentLayout:
@@ -84,17 +84,17 @@ def package(monkeypatch):
     return fake
 
 
-def tensors_of(layout: DocumentLayout) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def tensors_of(layout: DocumentLayout, head_dim: int = HEAD_DIM) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """(q, k and v as slices of one buffer, slices of another for their gradients, d_out as a slice)."""
     num_slots, generator = layout.document_ids_BL.numel(), torch.Generator().manual_seed(0)
-    sizes = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, 3]
+    sizes = [HEADS * head_dim, KV_HEADS * head_dim, KV_HEADS * head_dim, 3]
     buffer = torch.randn(num_slots, sum(sizes), generator=generator)
     inputs, views = (
-        [part.unflatten(1, (-1, HEAD_DIM)) for part in made.split(sizes, 1)[:3]]
+        [part.unflatten(1, (-1, head_dim)) for part in made.split(sizes, 1)[:3]]
         for made in (buffer, torch.full_like(buffer, torch.nan))
     )
-    d_out = torch.randn(num_slots, HEADS * HEAD_DIM + 5, generator=generator)[:, : HEADS * HEAD_DIM]
-    return inputs, views, d_out.unflatten(1, (-1, HEAD_DIM))
+    d_out = torch.randn(num_slots, HEADS * head_dim + 5, generator=generator)[:, : HEADS * head_dim]
+    return inputs, views, d_out.unflatten(1, (-1, head_dim))
 
 
 FULL_ROWS = {
@@ -141,9 +141,13 @@ def test_full_rows_of_one_document_go_by_the_dense_functions(package, layout, de
     assert out.shape == (num_rows * length, HEADS, HEAD_DIM)
 
 
-@pytest.mark.parametrize("layout", OTHERS.values(), ids=OTHERS)
-def test_other_rows_go_by_the_bounds_of_documents(package, layout):
-    (q, k, v), gradients, d_out = tensors_of(layout)
+@pytest.mark.parametrize(
+    ("layout", "head_dim"),
+    [*((layout, HEAD_DIM) for layout in OTHERS.values()), *((FULL_ROWS["two rows"], size) for size in (80, 96, 256))],
+    ids=[*OTHERS, *(f"two rows, heads of {size}" for size in (80, 96, 256))],
+)
+def test_others_go_by_the_bounds_of_documents(package, layout, head_dim):
+    (q, k, v), gradients, d_out = tensors_of(layout, head_dim)
     backend = FlashAttn2()
     with torch.no_grad():
         _, saved = backend.forward(q, k, v, layout, SCALE)

@@ -47,12 +47,18 @@ class _FlashAttention:
         return _Differentiable.apply(q_THD, k_TKD, v_TKD, self, layout, scale)
 
 
+# Features of a head whose rows go by flash-attn's functions for rows. With few heads on a large GPU its forward splits
+# the keys among programs, and 2.8.3 then writes wrong outputs for heads of 80 and 96 features.
+_ROW_HEAD_DIMS = (64, 128)
+
+
 class FlashAttn2(_FlashAttention):
     """FlashAttention-2 from the flash-attn package.
 
     Where each row is one document and full, by the functions behind `flash_attn_func`, which know every length
     beforehand; else by those behind `flash_attn_varlen_func`. So are rows that end in padding: it is a document of its
-    own in `cu_seqlens`, whose scores with the tokens before it would be work for nothing.
+    own in `cu_seqlens`, whose scores with the tokens before it would be work for nothing; and heads of other sizes than
+    `_ROW_HEAD_DIMS`.
     """
 
     def __init__(self):
@@ -62,7 +68,7 @@ class FlashAttn2(_FlashAttention):
 
     def forward(self, q_THD, k_TKD, v_TKD, layout, scale):
         shared = {**self._options(scale), "return_softmax": False}
-        if num_rows := _full_rows(layout):
+        if num_rows := _full_rows(layout, q_THD.shape[-1]):
             q, k, v = (x.unflatten(0, (num_rows, -1)) for x in (q_THD, k_TKD, v_TKD))
             out_BLHD, *others = self._package._flash_attn_forward(q=q, k=k, v=v, **shared)
             out_THD = out_BLHD.flatten(0, 1)
@@ -82,7 +88,7 @@ class FlashAttn2(_FlashAttention):
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "rng_state": rng_state,
         }
-        if num_rows := _full_rows(layout):
+        if num_rows := _full_rows(layout, q.shape[-1]):
             rows = {name: tensor.unflatten(0, (num_rows, -1)) for name, tensor in tensors.items()}
             self._package._flash_attn_backward(**rows, **shared)
         else:
@@ -103,11 +109,11 @@ class FlashAttn2(_FlashAttention):
         }
 
 
-def _full_rows(layout: DocumentLayout) -> int:
+def _full_rows(layout: DocumentLayout, head_dim: int) -> int:
     """Number of rows where each is one document that fills it, otherwise 0; told by what the host knows."""
     num_rows, num_slots = layout.document_ids_BL.shape
     is_full = layout.cu_seqlens.numel() - 1 == num_rows and layout.max_seqlen == num_slots
-    return num_rows if is_full and not layout.is_packed else 0
+    return num_rows if is_full and not layout.is_packed and head_dim in _ROW_HEAD_DIMS else 0
 
 
 class TorchVarlen(_FlashAttention):

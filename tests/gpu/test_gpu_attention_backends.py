@@ -54,7 +54,7 @@ def test_one_document_a_row(name: str, heads: tuple[int, int, int], length: int)
     judge(backend_or_skip(name, is_packed=False), (length, length), heads, num_rows=2)
 
 
-@pytest.mark.parametrize("name", ["flash_attn", "varlen"])
+@pytest.mark.parametrize("name", ["flash_attn", "varlen", "sdpa"])
 @pytest.mark.parametrize("head_dim", [80, 96])
 @pytest.mark.parametrize(("lengths", "num_rows"), [((300, 65, 100), 1), ((1001, 1001), 2)], ids=str)
 def test_heads_that_document_attention_does_not_take(name: str, head_dim: int, lengths: tuple[int, ...], num_rows: int):
