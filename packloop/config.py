@@ -187,8 +187,8 @@ class KernelsConfig(Section):
     matmul: ProductLibrary = Field(
         "auto",
         description="Products with the base's weights (fused layers only). cublaslt: by the fastest of its algorithms "
-        "that gives torch's bits, timed when a shape is first met; auto: that on a GPU. train.deterministic: all are "
-        "torch's.",
+        "that gives torch's bits, timed when a shape is first met; auto: that on a GPU. Under train.deterministic or "
+        "model.dtype=float32 all are torch's.",
     )
     gated: Literal["auto", "quack", "none"] = Field(
         "auto",
@@ -295,6 +295,18 @@ class RunConfig(Section):
                     f"kernels.{name}={getattr(kernels, name)}: kernels.layer=stock runs Hugging Face's own code; "
                     f"use kernels.{name}=auto or kernels.layer=auto"
                 )
+        for name in ("dequant_cache", "keep_inputs"):
+            given = getattr(kernels, name)
+            if kernels.layer == "stock" and given not in ("auto", "none", 0):
+                raise ValueError(
+                    f"kernels.{name}={given}: kernels.layer=stock has no layers that keep anything; "
+                    f"use kernels.{name}=auto or kernels.layer=auto"
+                )
+        if self.model.quantization == "none" and kernels.dequant_cache not in ("auto", "none", 0):
+            raise ValueError(
+                f"kernels.dequant_cache={kernels.dequant_cache}: model.quantization=none has nothing to dequantise; "
+                "use kernels.dequant_cache=auto"
+            )
         if self.lora.enabled and self.lora.target_modules == []:
             raise ValueError(
                 "lora.target_modules is empty, so nothing would be trained; use names of layers or all-linear"

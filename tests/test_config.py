@@ -123,6 +123,9 @@ CONTRADICTIONS = [
     ),
     (["kernels.layer=stock", "kernels.rms_norm=triton"], ("kernels.rms_norm", "kernels.layer")),
     (["kernels.layer=stock", "kernels.lora=fused"], ("kernels.lora", "kernels.layer")),
+    (["kernels.layer=stock", "kernels.dequant_cache=all"], ("kernels.dequant_cache", "kernels.layer")),
+    (["kernels.layer=stock", "kernels.keep_inputs=3"], ("kernels.keep_inputs", "kernels.layer")),
+    (["model.quantization=none", "kernels.dequant_cache=1"], ("kernels.dequant_cache", "model.quantization")),
 ]
 
 BAD_FILES = {
