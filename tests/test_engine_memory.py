@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -22,6 +23,7 @@ from packloop.kernels.operations import AUTO
 
 MICRO = (torch.zeros(1, 8, dtype=torch.long),)
 SETTLED = parse_config({"kernels": {"layer": "fused", "attention": "sdpa", "gated": "none"}})
+COSTS = LayerCosts(recomputation=Price(2.0, GIB), cache=Price(1.0, GIB), inputs=Price(0.5, GIB))
 FIELDS = ("recompute_layers", "cached_layers", "keep_inputs_layers")
 OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -63,7 +65,7 @@ def test_a_plan_leaves_the_generators_as_they_were(model, monkeypatch):
 
     def measure(*_arguments) -> LayerCosts:
         torch.rand(3)
-        return LayerCosts(recomputation=Price(2.0, GIB), cache=Price(1.0, GIB), inputs=Price(0.5, GIB))
+        return COSTS
 
     monkeypatch.setattr(memory, "settle_on_gpu", lambda *_arguments: (80.0, None))
     monkeypatch.setattr(memory, "_run_passes", lambda *_arguments: Passes(GIB, 0))
@@ -74,21 +76,49 @@ def test_a_plan_leaves_the_generators_as_they_were(model, monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_costs_are_measured_in_training_as_dropout_is_part_of_them(model, planned, monkeypatch):
+    modes = []
+
+    def measure(llama, *_arguments) -> LayerCosts:
+        modes.append({module.training for module in llama.modules()})
+        return COSTS
+
+    model.eval()
+    planned({}, measure=measure)
+    assert modes == [{True}]
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("fixed", [{}, {"cached_layers": 1}], ids=str)
+def test_without_memory_to_measure_in_the_smallest_plan_that_ran_is_taken(planned, model, fixed):
+    def measure(*_arguments) -> LayerCosts:
+        raise OF_MEMORY[0]
+
+    layers = model.config.num_hidden_layers
+    found, why, tried = planned({}, fixed, measure=measure)
+    assert tried == [found] == [MemoryPlan(**{**dict(zip(FIELDS, (layers, 0, 0))), **fixed})]
+    assert why == "no memory is left to measure what a larger plan saves"
+
+
 @pytest.fixture
 def planned(model, monkeypatch):
     """`plan_memory` for given results of trials, by plan and otherwise of 1 GiB; gives (plan, why, plans tried)."""
 
-    def run(results: dict[MemoryPlan, Passes | None], fixed: dict[str, int] | None = None, paged_bytes: int = 0):
+    def run(
+        results: dict[MemoryPlan, Passes | None],
+        fixed: dict[str, int] | None = None,
+        paged_bytes: int = 0,
+        measure: Callable[..., LayerCosts] = lambda *_arguments: COSTS,
+    ):
         tried = []
 
         def run_passes(_model, _micro, found: MemoryPlan, *_arguments) -> Passes | None:
             tried.append(found)
             return results.get(found, Passes(GIB, 0))
 
-        costs = LayerCosts(recomputation=Price(2.0, GIB), cache=Price(1.0, GIB), inputs=Price(0.5, GIB))
         monkeypatch.setattr(memory, "settle_on_gpu", lambda *_arguments: (80.0, None))
         monkeypatch.setattr(memory, "_run_passes", run_passes)
-        monkeypatch.setattr(memory, "_measure", lambda *_arguments: costs)
+        monkeypatch.setattr(memory, "_measure", measure)
         fixed = {} if fixed is None else fixed
         found, why = memory.plan_memory(model, MICRO, config=SETTLED, fixed=fixed, paged_bytes=paged_bytes)
         return found, why, tried
@@ -133,10 +163,9 @@ def faked_gpu(monkeypatch):
     """Makes the code take this host for a GPU with 80 GiB allowed and 2 GiB reserved; counts of retries to be set."""
     counts = {"num_alloc_retries": 5}
     monkeypatch.setattr(memory, "settle_on_gpu", lambda *_arguments: (80.0, None))
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda: counts)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2 * GIB)
-    for name in ("empty_cache", "reset_peak_memory_stats", "set_rng_state", "synchronize"):
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_arguments: None)
     return counts
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gc
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +27,8 @@ from packloop.kernels.activation_bytes import activation_bytes
 from packloop.kernels.decoder_layer import FusedLayer, decoder_layer
 from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.patch import FusedLayers, find_llama, load_backend, packed_loss_sum, patched
+
+T = TypeVar("T")
 
 _MEASURED_ROUNDS = 9
 _PASSES = 3
@@ -90,8 +93,10 @@ def plan_memory(
     least = _run_passes(model, micro, smallest, attention, operations)
     if least is None:
         raise OutOfMemoryError(_does_not_fit(smallest, llama, micro, config, budget_bytes))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        costs = _measure(llama, micro, attention, operations)
+    costs = _rehearse(model, device, lambda: _measure(llama, micro, attention, operations))
+    if costs is None:
+        _forget()
+        return smallest, "no memory is left to measure what a larger plan saves"
     allowed_bytes = budget_bytes - paged_bytes
     spare_bytes = allowed_bytes - least.peak_bytes
     plan = choose_plan(costs, num_layers, fixed, fits_bytes(costs, num_layers, fixed, spare_bytes)) or smallest
@@ -143,8 +148,6 @@ def _measure(llama: nn.Module, micro: tuple, attention: str, operations: Operati
     times = {name: statistics.median(values) for name, values in laps.items()}
     sizes = activation_bytes(layer, num_slots)
     cache_bytes = sum(weights.dense_bytes for weights in layer.weights.values())
-    for master in (*layer.masters, *cached.masters):
-        master.grad.zero_()
     return LayerCosts(
         recomputation=Price(times["input"] - times["products"], sizes["products"]),
         cache=Price(times["products"] - times["cached"], cache_bytes),
@@ -170,26 +173,37 @@ def _run_passes(
 
     All but the first find memory as another has left it, in pieces, like every micro-batch of a run but the first.
     """
-    _forget()
-    torch.cuda.reset_peak_memory_stats()
-    retries_before = _retries()
-    states = torch.get_rng_state(), torch.cuda.get_rng_state()
-    was_training = model.training
-    model.train()
-    try:
+
+    def passes() -> Passes:
         with patched(model, attention=attention, fused=True, operations=operations, **asdict(plan)) as llama:
             for _ in range(_PASSES):
                 packed_loss_sum(llama, *micro).backward()
         torch.cuda.synchronize()
         return Passes(torch.cuda.max_memory_reserved(), _retries() - retries_before)
+
+    _forget()
+    torch.cuda.reset_peak_memory_stats()
+    retries_before = _retries()
+    return _rehearse(model, micro[0].device, passes)
+
+
+def _rehearse(model: nn.Module, device: torch.device, work: Callable[[], T]) -> T | None:
+    """What `work` returns, the model in training as it will be; None where memory ends.
+
+    Modules and generators are left as they were, and gradients zeroed.
+    """
+    modes = [(module, module.training) for module in model.modules()]  # a PEFT model's need not be its base's
+    model.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return work()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return None
     finally:
-        model.train(was_training)
-        torch.set_rng_state(states[0])
-        torch.cuda.set_rng_state(states[1])
+        for module, was_training in modes:
+            module.training = was_training
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()

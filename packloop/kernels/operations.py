@@ -67,8 +67,9 @@ def choose_operations(
     """The operations with every `auto` replaced: Triton, cuBLASLt or quack where it runs on the device, else PyTorch.
 
     Stock layers run none of these, so their part is `torch`, or `none` for gated; so is matmul's under deterministic
-    algorithms, where `cublaslt` may be asked for and runs torch's products, as it does in float32. gated=auto is `none` as well where torch is
-    asked for in swiglu's, matmul's or lora's place. unfit: by operation, why its fastest does not suit the model.
+    algorithms, where `cublaslt` may be asked for and runs torch's products, as it does in float32. gated=auto is `none`
+    as well where torch is asked for in swiglu's, matmul's or lora's place. unfit: by operation, why its fastest does
+    not suit the model.
     ValueError where one is asked for and cannot run, with the remedy.
     """
     why_not = {"triton": why_not_triton, "cublaslt": why_not_cublaslt, "quack": why_not_gated}
