@@ -288,3 +288,20 @@ def test_the_first_layer_makes_no_gradient_for_its_frozen_input(small_base):
         packed_loss_sum(llama, *micro_batch()).backward()
     assert calls == [(0, False), (1, False), (1, True)]
     assert flat.gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("recompute_layers", [0, 2])
+def test_a_layer_finds_the_spare_columns_that_the_next_one_left_for_it(small_base, monkeypatch, recompute_layers):
+    """Else its gradient would be copied, and no result would tell: only the last layer's comes from the norm."""
+    model, flat = make_model(small_base, quantization="nf4", targets="all-linear")
+    find, found = decoder_layer.with_spare_columns, []
+
+    def look(gradient: torch.Tensor, num_spare: int) -> torch.Tensor:
+        wide = find(gradient, num_spare)
+        found.append(wide.shape[1] - gradient.shape[1])
+        return wide
+
+    monkeypatch.setattr(decoder_layer, "with_spare_columns", look)
+    loss_and_gradient(model, flat, fused=True, recompute_layers=recompute_layers)
+    rank, num_layers = 8, model.config.num_hidden_layers
+    assert found == [0] + [rank] * (num_layers - 1)
