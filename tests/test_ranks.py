@@ -23,6 +23,7 @@ from packloop.data.packing import pack
 from packloop.engine.checkpoint import find_checkpoint
 from packloop.engine.loop import train
 from packloop.engine.model import load_tokenizer
+from packloop.errors import ConfigError
 
 pytestmark = pytest.mark.ranks
 
@@ -48,6 +49,7 @@ class Jobs:
         base: Path | None = None,
         damage: str | None = None,
         stop: dict | None = None,
+        resume: str | None = None,
         **sections,
     ) -> None:
         """single: settings with which one process does the same work; None where there is nothing to compare.
@@ -55,7 +57,7 @@ class Jobs:
         """
         base = base or self.base
         config = small_config(base, source, self.directory / name, **sections).model_dump(mode="json")
-        resume = "latest" if damage else None
+        resume = "latest" if damage else resume
         self.specs.append({"name": name, "config": config, "resume": resume, "damage": damage, "stop": stop})
         if single is not None:
             sections["train"] = sections.get("train", {}) | single
@@ -167,6 +169,9 @@ def jobs(tmp_path_factory, small_base, small_rows) -> Jobs:
         damage="checkpoints/step-000008/optimizer.safetensors",
         **dropout,
     )
+    of_one = {"train": {"max_steps": 4}, "checkpoint": {"every": 2}}
+    train(small_config(small_base, small_rows, directory / "of one", **of_one))
+    jobs.add("of one", small_rows, resume=str(directory / "of one/checkpoints/step-000002"), **of_one)
     jobs.run()
     return jobs
 
@@ -269,3 +274,30 @@ def test_resume_on_two_ranks_past_a_damaged_checkpoint_is_exact(jobs):
         ours, expected = (load_file(run_dir / "checkpoints/step-000008" / file) for run_dir in (resumed, whole))
         assert tensors_equal(ours, expected), file
     assert not torch.equal(expected["0.torch"], expected["1.torch"]), "both ranks draw the same dropout"
+
+
+def contents(run_dir: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_of_one_process_is_refused_by_both_of_two_which_write_nothing(jobs):
+    run_dir = jobs.directory / "of one"
+    for rank in (0, 1):
+        result = jobs.rank("of one", rank)
+        assert result["error"] == (
+            "ConfigError: cannot resume step-000002 with 2 processes on a CPU each: it was written by 1 process on a "
+            "CPU, and each has random numbers and packs of its own; resume with as many, or start a new run in another "
+            "train.output_dir"
+        )
+        assert result["steps"] == []
+    assert sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")) == ["step-000002", "step-000004"]
+    assert [step["step"] for step in read_steps(run_dir)] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one_which_writes_nothing(jobs):
+    run_dir = jobs.directory / "stopped"
+    config = load_config(run_dir / "config.resolved.yaml")
+    before = contents(run_dir)
+    with pytest.raises(ConfigError, match="with 1 process on a CPU: it was written by 2 processes on a CPU each"):
+        train(config, resume="latest")
+    assert contents(run_dir) == before

@@ -22,7 +22,7 @@ from packloop import cli
 from packloop.config import RunConfig, dump_config, parse_config
 from packloop.engine import checkpoint as checkpoint_module
 from packloop.engine import loop
-from packloop.engine.checkpoint import find_checkpoint, restore_rng
+from packloop.engine.checkpoint import find_checkpoint
 from packloop.engine.loop import train
 from packloop.engine.run_dir import config_for_resume
 from packloop.errors import ConfigError, InputError
@@ -366,12 +366,19 @@ def test_the_output_directory_must_be_empty_and_the_choices_are_named(whole, sma
         train(config_of(small_base, small_rows, whole), resume=str(tmp_path))
 
 
-def test_a_checkpoint_without_this_ranks_random_state_is_refused(whole):
+@pytest.mark.parametrize(
+    ("num_processes", "on_gpu", "said"),
+    [
+        (2, False, "with 2 processes on a CPU each: it was written by 1 process on a CPU, and"),
+        (1, True, "with 1 process on a GPU: it was written by 1 process on a CPU, and"),
+    ],
+)
+def test_other_processes_or_devices_are_refused(whole, monkeypatch, num_processes, on_gpu, said):
     checkpoint = find_checkpoint(whole, "latest")
-    before = torch.get_rng_state()
-    with pytest.raises(InputError, match="no random-number state for rank 1"):
-        restore_rng(checkpoint.rng, 1)
-    assert torch.equal(torch.get_rng_state(), before)
+    checkpoint.check_processes(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    with pytest.raises(ConfigError, match=f"cannot resume {checkpoint.path.name} {said}"):
+        checkpoint.check_processes(num_processes)
 
 
 def test_a_finished_run_resumes_to_nothing(whole, small_base, small_rows, tmp_path):

@@ -44,6 +44,24 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
 
+    def check_processes(self, num_processes: int) -> None:
+        """ConfigError unless as many processes as now wrote it, on the kind of device there is now.
+
+        Each has generators of its own, and a step's packs are dealt out to all of them.
+        """
+        written = {int(name.split(".")[0]) for name in self.rng}
+        kinds = ["a GPU" if on_gpu else "a CPU" for on_gpu in ("0.cuda" in self.rng, torch.cuda.is_available())]
+        if written == set(range(num_processes)) and kinds[0] == kinds[1]:
+            return
+        given, needed = (
+            f"{number} {'processes' if number > 1 else 'process'} on {kind}{' each' if number > 1 else ''}"
+            for number, kind in zip((num_processes, len(written)), reversed(kinds))
+        )
+        raise ConfigError(
+            f"cannot resume {self.path.name} with {given}: it was written by {needed}, and each has random numbers and "
+            "packs of its own; resume with as many, or start a new run in another train.output_dir"
+        )
+
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
@@ -220,12 +238,7 @@ def capture_rng(rank: int) -> dict[str, Tensor]:
 
 
 def restore_rng(tensors: dict[str, Tensor], rank: int) -> None:
-    """Sets this rank's generators. InputError where the checkpoint has none for it: the run could not be exact."""
-    if f"{rank}.torch" not in tensors or (torch.cuda.is_available() and f"{rank}.cuda" not in tensors):
-        raise InputError(
-            f"the checkpoint has no random-number state for rank {rank} on this kind of device; "
-            "resume with the number and kind of devices it was written on"
-        )
+    """Sets this rank's generators, which a checkpoint has that `check_processes` accepts."""
     version, *words = tensors[f"{rank}.python"].tolist()
     gauss = tensors[f"{rank}.python_gauss"].tolist()
     random.setstate((version, tuple(words), gauss[0] if gauss else None))

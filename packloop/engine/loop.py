@@ -176,6 +176,7 @@ def _train(
     if resume:
         with accelerator.main_process_first():  # which sets damaged checkpoints aside, so that the others find none
             checkpoint = find_checkpoint(run_dir, resume)
+        checkpoint.check_processes(accelerator.num_processes)  # on every rank, before anything is written
         account.config = config = config_for_resume(config, checkpoint.path)
     check_budget(config.train.memory_budget_gib, accelerator.device)
 
