@@ -35,6 +35,7 @@ KERNEL_PACKAGES = {"torch", "triton", "flash_attn"}
 KERNEL_EXCEPTIONS = {
     "document_attention.py": {"numpy"},
     "gated.py": {"quack"},
+    "llama_rope.py": {"transformers"},
     "nf4.py": {"bitsandbytes"},
     "patch.py": {"transformers", "peft"},
 }

@@ -17,7 +17,8 @@ from packloop.engine.optim import FlatParameters
 from packloop.errors import InputError
 from packloop.kernels.attention import load_backend
 from packloop.kernels.forward_check import check_forward
-from packloop.kernels.patch import find_llama, patched, rope_tables
+from packloop.kernels.llama_rope import rope_tables
+from packloop.kernels.patch import find_llama, patched
 
 
 @pytest.fixture(params=["stock", "fused"])

@@ -14,7 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 from packloop.engine.optim import FlatParameters
 from packloop.kernels import reference
 from packloop.kernels.attention import DocumentLayout, load_backend
-from packloop.kernels.patch import FusedLayers, packed_loss_sum, patched, rope_tables
+from packloop.kernels.llama_rope import rope_tables
+from packloop.kernels.patch import FusedLayers, packed_loss_sum, patched
 
 LENGTHS = (5, 11, 7)
 WIDTH = 11

@@ -16,7 +16,8 @@ from packloop.engine.optim import FlatParameters
 from packloop.kernels import reference
 from packloop.kernels.attention import usable_backends
 from packloop.kernels.forward_check import check_forward
-from packloop.kernels.patch import packed_loss_sum, patched, rope_tables
+from packloop.kernels.llama_rope import rope_tables
+from packloop.kernels.patch import packed_loss_sum, patched
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
