@@ -31,6 +31,7 @@ from packloop.kernels.linear_cross_entropy import linear_cross_entropy
 from packloop.kernels.llama_rope import apply_rope, rope_tables
 from packloop.kernels.lora_linear import Dropout, Lora
 from packloop.kernels.operations import AUTO, Operations
+from packloop.kernels.peft_layers import AdapterWatch, adapter_of, class_path, dropout_of, why_not_plain
 from packloop.kernels.rms_norm import add_rms_norm
 from packloop.kernels.rope import Rotation
 
@@ -130,16 +131,22 @@ def why_not_fused(model: nn.Module) -> str | None:
         return "its linear layers have no bias, and this model's have"
     if config.hidden_act != "silu":
         return f"its activation is silu, and this model's is {config.hidden_act}"
+    # The embedding is called as it is.
+    edited = {name: module for name, module in llama.model.named_modules() if not name.startswith("embed_tokens")}
+    if reason := why_not_plain(edited, _linears_of(llama.model)):
+        return reason
+    dropouts = {dropout_of(module) for module in _linears_of(llama.model).values()} - {None}
+    if len(dropouts) > 1:
+        return f"all its adapters have one dropout, and this model's have {', '.join(map(str, sorted(dropouts)))}"
     wide = torch.promote_types(llama.model.norm.weight.dtype, torch.float32)
     for layer in llama.model.layers:
         for members in _GROUP_MEMBERS.values():
-            adapters = [_adapter(layer.get_submodule(name)) for name in members]
+            adapters = [adapter_of(layer.get_submodule(name)) for name in members]
             masters = [weight for lora in adapters if lora for weight in (lora.a_rH, lora.b_Or)]
             if any(weight.dtype != wide or not weight.is_contiguous() for weight in masters):
                 return f"adapters are contiguous and {str(wide).removeprefix('torch.')}, and this model's are not"
-            dropouts = {_dropout_probability(layer.get_submodule(name)) for name in members}
-            if len({lora.scaling for lora in adapters if lora}) > 1 or len(dropouts - {None}) > 1:
-                return "adapters on one input share a scaling and a dropout, and this model's differ"
+            if len({lora.scaling for lora in adapters if lora}) > 1:
+                return "adapters on one input share a scaling, and this model's differ"
     return None
 
 
@@ -163,13 +170,20 @@ def packed_loss_sum(
     label_ids_N: Tensor,
     label_weights_N: Tensor | None = None,
 ) -> Tensor:
-    """Summed cross-entropy of one micro-batch, fp32 scalar. ValueError for a model outside `patched`.
+    """Summed cross-entropy of one micro-batch, fp32 scalar.
+
+    ValueError for a model outside `patched`, and for one with an adapter on its head.
 
     label_weights_N: for how many documents each target counts; None: one.
     """
     operations = getattr(llama.model.forward, "operations", None)
     if operations is None:
         raise ValueError("packed_loss_sum needs the model inside `patched(model)`")
+    if hasattr(llama.lm_head, "base_layer"):
+        raise ValueError(
+            f"packed_loss_sum takes the head's weight alone and would ignore the adapter on lm_head, which is a "
+            f"{class_path(llama.lm_head)}; leave lm_head out of the adapter's target_modules"
+        )
     output = llama.model(input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False, layout=layout)
     hidden_TH = output.last_hidden_state.flatten(0, 1)
     by = operations.cross_entropy
@@ -201,7 +215,7 @@ class _StockLayers:
 class FusedLayers:
     """The same layers as `decoder_layer` runs them, with the last residual sum fused into the final norm.
 
-    attention: one for all layers, or one for each.
+    Where PEFT has disabled the adapters, the layers run without. attention: one for all layers, or one for each.
     """
 
     calls_attention_modules = False
@@ -215,10 +229,13 @@ class FusedLayers:
         operations: Operations = AUTO,
     ):
         self._operations = operations
+        self._watch = AdapterWatch(_linears_of(llama_model))
+        self._bare_layers: list[FusedLayer] | None = None
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         norm = llama_model.norm.weight
         self._adapters = AdapterCopies(norm.dtype, norm.device, operations.lora)
-        self._dropout_p = _dropout_of(llama_model)
+        dropouts = (dropout_of(module) for module in _linears_of(llama_model).values())
+        self._dropout_p = next((p for p in dropouts if p is not None), 0.0)
         self.layers = []
         attentions = attention if isinstance(attention, list) else [attention] * len(llama_model.layers)
         for index, layer in enumerate(llama_model.layers):
@@ -228,10 +245,16 @@ class FusedLayers:
             self.layers.append(fused)
 
     def __call__(self, llama_model: LlamaModel, hidden_BLH: Tensor, position_ids_BL: Tensor, layout: DocumentLayout):
-        self._adapters.refresh()
-        batch = self.batch(llama_model, position_ids_BL, layout)
+        try:
+            adapted = self._watch.are_enabled()
+        except ValueError as error:
+            remedy = "undo that or enter `patched` anew, or use kernels.layer=stock"
+            raise ValueError(f"kernels.layer=fused: {error}; {remedy}") from None
+        if adapted:
+            self._adapters.refresh()
+        batch = self.batch(llama_model, position_ids_BL, layout, adapted=adapted)
         residual_TH, update_TH = hidden_BLH.flatten(0, 1), None
-        for layer in self.layers:
+        for layer in self.layers if adapted else self._without_adapters(llama_model):
             residual_TH, update_TH = decoder_layer(residual_TH, update_TH, layer, batch)
         norm = llama_model.norm
         by = self._operations.rms_norm
@@ -242,17 +265,28 @@ class FusedLayers:
         """What attends in each layer."""
         return [layer.attention for layer in self.layers]
 
+    def _without_adapters(self, llama_model: LlamaModel) -> list[FusedLayer]:
+        """Layers of their own, since a backward pass that is yet to come may need what the others hold."""
+        if self._bare_layers is None:
+            self._bare_layers = [
+                _fuse(layer, index, fused.attention, self._adapters, fused.keeps, self._operations, adapted=False)
+                for index, (layer, fused) in enumerate(zip(llama_model.layers, self.layers, strict=True))
+            ]
+        return self._bare_layers
+
     def _cache(self, layer: nn.Module, fused: FusedLayer) -> None:
         for name, weights in fused.weights.items():
             kept = weights.keep()
             if isinstance(kept, ExtendedWeight):
-                loras = [_adapter(layer.get_submodule(member)) for member in _GROUP_MEMBERS[name]]
+                loras = [adapter_of(layer.get_submodule(member)) for member in _GROUP_MEMBERS[name]]
                 self._adapters.follow(kept, fused.groups[name], loras)
 
-    def batch(self, llama_model: LlamaModel, position_ids_BL: Tensor, layout: DocumentLayout) -> Batch:
-        """What the layers share in one micro-batch; in training mode it draws a seed for the dropout masks."""
+    def batch(
+        self, llama_model: LlamaModel, position_ids_BL: Tensor, layout: DocumentLayout, *, adapted: bool = True
+    ) -> Batch:
+        """What the layers share in one micro-batch; in training mode it draws a seed for dropout masks."""
         dropout = None
-        if llama_model.training and self._dropout_p > 0.0:
+        if adapted and llama_model.training and self._dropout_p > 0.0:
             # From torch's CPU generator, which checkpoints carry: the mask of a resumed step is the same one.
             dropout = Dropout(self._dropout_p, int(torch.randint(2**62, ()).item()))
         cos_PD, sin_PD = self._rope_tables(llama_model, layout.num_positions or position_ids_BL.shape[1])
@@ -275,13 +309,22 @@ class FusedLayers:
 
 
 def _fuse(
-    layer: nn.Module, index: int, attention: Attention, adapters: AdapterCopies, keeps: str, operations: Operations
+    layer: nn.Module,
+    index: int,
+    attention: Attention,
+    adapters: AdapterCopies,
+    keeps: str,
+    operations: Operations,
+    *,
+    adapted: bool = True,
 ) -> FusedLayer:
     groups, weights, masters = {}, {}, []
     norm = layer.input_layernorm.weight
     operations = replace(operations, gated=library_for(norm.dtype, norm.device, operations.gated))
     for name in GROUPS:
         bases, loras = _linears(layer, name)
+        if not adapted:
+            loras = [None] * len(loras)
         members = [base.weight for base in bases]
         gates = operations.gated != "none" and operations.lora != "torch"
         interleaved = name == "gate_up" and gates and _interleaves(bases, loras)
@@ -306,10 +349,20 @@ def _fuse(
     )
 
 
+def _linears_of(llama_model: LlamaModel) -> dict[str, nn.Module]:
+    """The linear layers that the fused layers run, by their names in the model."""
+    members = [member for group in _GROUP_MEMBERS.values() for member in group]
+    return {
+        f"layers.{index}.{member}": layer.get_submodule(member)
+        for index, layer in enumerate(llama_model.layers)
+        for member in members
+    }
+
+
 def _linears(layer: nn.Module, group: str) -> tuple[list[nn.Module], list[Lora | None]]:
     """The group's linear layers of the base, and the adapter of each."""
     modules = [layer.get_submodule(member) for member in _GROUP_MEMBERS[group]]
-    return [getattr(module, "base_layer", module) for module in modules], [_adapter(module) for module in modules]
+    return [getattr(module, "base_layer", module) for module in modules], [adapter_of(module) for module in modules]
 
 
 def _interleaves(bases: list[nn.Module], loras: list[Lora | None]) -> bool:
@@ -317,26 +370,6 @@ def _interleaves(bases: list[nn.Module], loras: list[Lora | None]) -> bool:
     num_ranks = sum(lora.a_rH.shape[0] for lora in loras if lora is not None)
     aligned = all(size % 8 == 0 for base in bases for size in (base.in_features, base.out_features))
     return aligned and can_interleave([base.weight for base in bases], num_ranks)
-
-
-def _adapter(module: nn.Module) -> Lora | None:
-    """The active LoRA adapter of a PEFT layer; None for a layer without one."""
-    if not hasattr(module, "lora_A"):
-        return None
-    (name,) = module.active_adapters
-    return Lora(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
-
-
-def _dropout_probability(module: nn.Module) -> float | None:
-    if not hasattr(module, "lora_A"):
-        return None
-    (name,) = module.active_adapters
-    return getattr(module.lora_dropout[name], "p", 0.0)
-
-
-def _dropout_of(llama_model: LlamaModel) -> float:
-    found = (_dropout_probability(module) for module in llama_model.modules())
-    return next((p for p in found if p is not None), 0.0)
 
 
 def _check_signature(module: nn.Module) -> None:

@@ -1,0 +1,128 @@
+"""What PEFT has put around linear layers: plain LoRA, y = W x + scaling * B A dropout(x), or something else.
+
+PEFT's layers are known by their attributes; reading these costs the host microseconds and waits for no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from packloop.kernels.lora_linear import Lora
+
+
+class _State(NamedTuple):
+    """What decides which function a LoRA layer is, beside the values of its weights."""
+
+    active_adapter: tuple[str, ...]
+    merged_adapter: bool
+    base_weight: int  # its id
+    scaling: tuple[float, ...]
+    dropout: tuple[float, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _State:
+        # Through torch's dictionaries: a submodule as an attribute takes a microsecond, and there are hundreds.
+        parts = module._modules
+        adapters, dropouts = parts["lora_A"]._modules, parts["lora_dropout"]._modules
+        names = tuple([name for name in module.active_adapters if name in adapters])
+        return cls(
+            names,
+            bool(module.merged_adapters),
+            id(parts["base_layer"]._parameters["weight"]),
+            tuple([module.scaling[name] for name in names]),
+            tuple([vars(dropouts[name]).get("p", 0.0) for name in names]),
+        )
+
+
+class AdapterWatch:
+    """Tells whether LoRA layers are still what they were when this was made, and whether PEFT has disabled them."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]):
+        """linears: by name; those without an adapter do not matter."""
+        adapted = {name: module for name, module in linears.items() if _has_lora(module)}
+        self._seen = [(name, module, _State.of(module)) for name, module in adapted.items()]
+
+    def are_enabled(self) -> bool:
+        """False inside PEFT's `disable_adapter()`. ValueError where a layer is another function than it was."""
+        for name, module, before in self._seen:
+            if (now := _State.of(module)) != before:
+                differs = next(key for key in _State._fields if getattr(now, key) != getattr(before, key))
+                what = f"{name} has another {differs.replace('_', ' ')} than when `patched` was entered"
+                raise ValueError(_why_not_plain_lora(name, module) or what)
+        disabled = [module.disable_adapters for _, module, _ in self._seen]
+        if reason := _why_not_alike(disabled):
+            raise ValueError(reason)
+        return not any(disabled)
+
+
+def adapter_of(module: nn.Module) -> Lora | None:
+    """The active LoRA adapter of a linear layer; None for a layer without one."""
+    names = _active_names(module)
+    if not names:
+        return None
+    (name,) = names
+    return Lora(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+
+
+def dropout_of(module: nn.Module) -> float | None:
+    """The probability of the active adapter's dropout; None for a layer without one."""
+    names = _active_names(module)
+    return _probability(module, names[0]) if names else None
+
+
+def why_not_plain(modules: Mapping[str, nn.Module], linears: Mapping[str, nn.Module]) -> str | None:
+    """None where PEFT changes nothing in `modules` but the linear layers among them, by plain LoRA; else what it does.
+
+    Both go by their names in the model. A disabled adapter is plain, too.
+    """
+    for name, module in modules.items():
+        if name in linears and _has_lora(module):
+            if reason := _why_not_plain_lora(name, module):
+                return reason
+        elif hasattr(module, "base_layer") or hasattr(module, "original_module"):  # another tuner's, or a trained copy
+            return f"its adapters are LoRA on linear layers, and {name} is a {class_path(module)}"
+    return _why_not_alike([module.disable_adapters for module in linears.values() if _has_lora(module)])
+
+
+def class_path(module: nn.Module) -> str:
+    """`peft.tuners.lora.layer.Linear`."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _why_not_alike(disabled: list[bool]) -> str | None:
+    if len(set(disabled)) < 2:
+        return None
+    return f"it runs with all adapters or none, and those of {sum(disabled)} of {len(disabled)} layers are disabled"
+
+
+def _why_not_plain_lora(name: str, module: nn.Module) -> str | None:
+    names = _active_names(module)
+    if module.merged_adapters:
+        return f"it adds adapters itself, and {name}'s is merged into the base already (unmerge_adapter() undoes it)"
+    if len(names) > 1:
+        return f"it runs one adapter a layer, and {name} has {len(names)} active: {', '.join(names)}"
+    for adapter in names:
+        # PEFT's registry of DoRA, aLoRA and what else is LoRA by another formula.
+        if variant := module.lora_variant.get(adapter):
+            return f"its adapters are plain LoRA, and {name} has {type(variant).__name__}"
+        if hasattr(module, "parameter_name") or not isinstance(module.lora_A[adapter], nn.Linear):
+            return f"its adapters are plain LoRA, and {name} has {class_path(module)}"
+        if module.lora_B[adapter].bias is not None:
+            return f"its adapters have no bias, and {name}'s has (lora_bias=True)"
+    return None
+
+
+def _has_lora(module: nn.Module) -> bool:
+    return hasattr(module, "lora_A")
+
+
+def _active_names(module: nn.Module) -> tuple[str, ...]:
+    """An active adapter need not be one of every layer."""
+    return tuple(name for name in module.active_adapters if name in module.lora_A) if _has_lora(module) else ()
+
+
+def _probability(module: nn.Module, name: str) -> float:
+    return getattr(module.lora_dropout[name], "p", 0.0)
