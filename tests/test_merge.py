@@ -111,7 +111,10 @@ def test_row12_an_adapter_of_another_base_is_refused(nf4_run, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("setting", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"alora_invocation_tokens": [3, 4]}],
+)
 def test_row12_an_adapter_that_is_not_plain_lora_is_refused(nf4_run, tmp_path, setting):
     run_dir = copy_run(nf4_run, tmp_path / "run")
     file = run_dir / "adapter_config.json"

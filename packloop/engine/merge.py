@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -145,7 +145,9 @@ def _read_adapter(run: FinishedRun, shapes: dict[str, tuple[int, ...]]) -> dict[
         tensors = load_file(run.weights / ADAPTER_FILE)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
-    for setting, plain in _PLAIN_LORA.items():
+    # PEFT marks the settings that make another formula of LoRA.
+    variants = {field.name: None for field in fields(config) if field.metadata.get("is_lora_variant")}
+    for setting, plain in (variants | _PLAIN_LORA).items():
         value = getattr(config, setting, plain)
         if (value or None) != (plain or None):
             raise InputError(f"{where} has {setting}={value!r}; only plain LoRA ({setting}={plain!r}) can be merged")
