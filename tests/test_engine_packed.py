@@ -131,7 +131,17 @@ def test_row22_the_stock_forward_is_back_after_the_context_and_after_an_error(sm
     with pytest.raises(KeyError, match="from inside"), patched(model, attention="sdpa", fused=fused):
         raise KeyError("from inside")
     assert_stock(model)
+    with pytest.raises(KeyError, match="from inside"), patched(model, attention="sdpa", fused=fused) as llama:
+        fail_without_replacements(llama)
+    assert_stock(model)
     assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def fail_without_replacements(llama) -> None:
+    """As something that undoes a part of the patch before it ends in an error."""
+    for module in (llama.model, llama.model.layers[0].self_attn):
+        del module.forward
+    raise KeyError("from inside")
 
 
 def test_row22_a_second_model_is_untouched(small_base, fused):
@@ -147,6 +157,11 @@ def test_row22_a_model_is_patched_once(small_base):
     with patched(model, attention="sdpa"), pytest.raises(ValueError, match="replaced already"):
         patched(model, attention="sdpa").__enter__()
     assert_stock(model)
+    attention = model.base_model.model.model.layers[1].self_attn
+    attention.forward = theirs = attention.forward  # another's, which would be lost on leaving
+    with pytest.raises(ValueError, match=r"LlamaAttention\.forward is replaced already"):
+        patched(model, attention="sdpa").__enter__()
+    assert vars(attention)["forward"] is theirs
 
 
 def assert_stock(model) -> None:

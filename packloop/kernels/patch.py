@@ -85,7 +85,7 @@ def patched(
     attentions = [module for module in llama.modules() if isinstance(module, LlamaAttention)]
     if not attentions:
         raise ValueError("no LlamaAttention found in the model, so there is nothing to replace")
-    for module in (llama.model, attentions[0]):
+    for module in (llama.model, *attentions):
         _check_signature(module)
     frequencies = llama.model.rotary_emb.inv_freq.dtype
     if frequencies not in (torch.float32, torch.float64):
@@ -101,17 +101,14 @@ def patched(
         run_layers = FusedLayers(llama.model, counted, keeps, cached_layers, operations)
     else:
         run_layers = _StockLayers(recompute_layers)
-    edited: list[nn.Module] = []
     try:
         _replace_forward(llama.model, _model_forward(llama.model.forward, run_layers, operations))
-        edited.append(llama.model)
         for module in attentions:
             _replace_forward(module, _attention_forward(module.forward, CountedAttention(attention, backend)))
-            edited.append(module)
         yield llama
     finally:
-        for module in edited:
-            del module.forward
+        for module in (llama.model, *attentions):
+            vars(module).pop("forward", None)  # something else may have removed it
 
 
 def _kept_of_layers(num_layers: int, recompute_layers: int, keep_inputs_layers: int) -> list[str]:
