@@ -134,7 +134,9 @@ def test_row21_angles_hold_at_32k_in_a_bf16_model(scaling: dict | None, tmp_path
         assert torch.equal(found[0, :, :4], found[0, :, 4:])
         assert (found[0, :, :4] - exact).abs().max() < 1e-7
     layers = FusedLayers(llama.model, load_backend("sdpa"), ["products"] * 2, 0)
-    rotation = layers.batch(llama.model, torch.arange(32768)[None], layout_of(padded("none")[1])).rotation
+    bounds = torch.tensor([0, 32768], dtype=torch.int32)
+    layout = DocumentLayout(torch.zeros(1, 32768, dtype=torch.int32), bounds, 32768, is_packed=False)
+    rotation = layers.batch(llama.model, torch.arange(32768)[None], layout).rotation
     assert torch.equal(rotation.cos_PD, cos[0, :, :4])
     assert torch.equal(rotation.sin_PD, sin[0, :, :4])
 
@@ -188,10 +190,12 @@ def test_row23_a_model_without_its_attention_is_refused():
 
 
 @pytest.mark.parametrize(("rope", "num_tables"), [("default", 2), ("linear", 2), ("dynamic", 4)])
-def test_rows_of_many_lengths_share_tables_where_an_angle_is_its_positions(rope, num_tables):
-    llama = make_llama(rope_parameters={"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0}).eval()
+def test_rows_of_many_lengths_share_tables_where_frequencies_are_the_same(rope, num_tables):
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0}
+    llama = make_llama(rope_parameters=parameters, max_position_embeddings=100).eval()
     layers = FusedLayers(llama.model, load_backend("sdpa"), ["all"] * 2, 0)
-    for length in (9, 17, 120, 130):
+    tables = []
+    for length in (9, 17, 120, 130, 9):  # dynamic: the original context's, the two longer ones' and again the first
         ids = torch.arange(3, 3 + length)[None]
         bounds = torch.tensor([0, length], dtype=torch.int32)
         layout = DocumentLayout(torch.zeros_like(ids, dtype=torch.int32), bounds, length, is_packed=False)
@@ -202,4 +206,5 @@ def test_rows_of_many_lengths_share_tables_where_an_angle_is_its_positions(rope,
         )
         assert torch.equal(rotation.cos_PD[:length], expected_cos)
         assert torch.equal(rotation.sin_PD[:length], expected_sin)
-    assert len(layers._tables) == num_tables
+        tables.append(rotation.cos_PD)
+    assert len(set(map(id, tables))) == num_tables

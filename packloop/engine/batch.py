@@ -94,6 +94,7 @@ def to_device(
     distinct = distinct_tokens(batch.input_ids) if finds_tokens else None
     if distinct is not None:
         distinct = DistinctTokens(_move(distinct.slots_U, device), _move(distinct.row_of_T, device))
+    is_real = batch.document_ids >= 0
     layout = DocumentLayout(
         document_ids_BL=_move(batch.document_ids, device),
         cu_seqlens=_move(batch.cu_seqlens, device),
@@ -101,6 +102,7 @@ def to_device(
         cu_seqlens_cpu=batch.cu_seqlens,
         is_packed=bool((batch.document_ids > 0).any()),
         num_positions=batch.num_positions,
+        longest_document=int(batch.position_ids[is_real].max()) + 1 if batch.num_real_tokens else None,
         prefix_of=batch.prefix_of,
         distinct=distinct,
     )

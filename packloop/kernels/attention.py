@@ -36,9 +36,16 @@ class DocumentLayout:
     is_packed: bool
     cu_seqlens_cpu: Tensor | None = None  # the same bounds on the host, where the loader made them
     num_positions: int | None = None  # positions lie below it; None: below L
+    # Tokens of the longest real document, those that it has in common included; None: max_seqlen.
+    longest_document: int | None = None
     # int32 on the host: of each document the one that holds its first tokens, too, or -1. None: all -1.
     prefix_of: Tensor | None = None
     distinct: DistinctTokens | None = None  # of the tokens in these slots, where their embeddings are what enters
+
+    @property
+    def num_real_positions(self) -> int:
+        """Positions of real tokens lie below it."""
+        return self.longest_document or self.max_seqlen
 
     @cached_property
     def mask_B1LL(self) -> Tensor:

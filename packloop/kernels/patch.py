@@ -28,7 +28,7 @@ from packloop.kernels.decoder_layer import GROUPS, Batch, FusedLayer, decoder_la
 from packloop.kernels.extended_weight import ExtendedWeight
 from packloop.kernels.gated import library_for
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
-from packloop.kernels.llama_rope import apply_rope, rope_tables
+from packloop.kernels.llama_rope import apply_rope, follow_longest, rope_tables
 from packloop.kernels.lora_linear import Dropout, Lora
 from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.peft_layers import AdapterWatch, adapter_of, class_path, dropout_of, why_not_plain
@@ -42,8 +42,6 @@ _EXPECTED_PARAMETERS = {
     LlamaModel: {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"},
     LlamaAttention: {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"},
 }
-# Kinds of RoPE whose angles at one position depend on the longest.
-_BY_LONGEST_POSITION = ("dynamic", "longrope")
 _GROUP_MEMBERS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -200,7 +198,8 @@ class _StockLayers:
         return [getattr(layer.self_attn.forward, "attend", None) for layer in llama_model.layers]
 
     def __call__(self, llama_model: LlamaModel, hidden_BLH: Tensor, position_ids_BL: Tensor, layout: DocumentLayout):
-        arguments = {"position_embeddings": rope_tables(llama_model, position_ids_BL), "layout": layout}
+        tables = rope_tables(llama_model, position_ids_BL, layout.num_real_positions)
+        arguments = {"position_embeddings": tables, "layout": layout}
         for index, layer in enumerate(llama_model.layers):
             if index < self._recompute_layers and torch.is_grad_enabled():
                 hidden_BLH = checkpoint(layer, hidden_BLH, use_reentrant=False, **arguments)
@@ -228,7 +227,8 @@ class FusedLayers:
         self._operations = operations
         self._watch = AdapterWatch(_linears_of(llama_model))
         self._bare_layers: list[FusedLayer] | None = None
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._frequencies: int | None = None
         norm = llama_model.norm.weight
         self._adapters = AdapterCopies(norm.dtype, norm.device, operations.lora)
         dropouts = (dropout_of(module) for module in _linears_of(llama_model).values())
@@ -286,23 +286,21 @@ class FusedLayers:
         if adapted and llama_model.training and self._dropout_p > 0.0:
             # From torch's CPU generator, which checkpoints carry: the mask of a resumed step is the same one.
             dropout = Dropout(self._dropout_p, int(torch.randint(2**62, ()).item()))
-        cos_PD, sin_PD = self._rope_tables(llama_model, layout.num_positions or position_ids_BL.shape[1])
+        cos_PD, sin_PD = self._rope_tables(llama_model, layout, position_ids_BL.shape[1])
         distinct = None if self._operations.token_reuse == "none" else layout.distinct
         return Batch(layout, Rotation(cos_PD, sin_PD, position_ids_BL.flatten()), dropout, distinct)
 
-    def _rope_tables(self, llama_model: LlamaModel, num_positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [P, D/2] for positions 0 to P - 1, made once for each P, which is a multiple of 128.
-
-        Batches of one document a row have as many lengths as there are batches. Not where the angles depend on P.
-        """
-        if llama_model.rotary_emb.rope_type not in _BY_LONGEST_POSITION:
-            num_positions = -(-num_positions // 128) * 128
-        if num_positions not in self._tables:
-            positions = torch.arange(num_positions, device=llama_model.norm.weight.device)[None]
+    def _rope_tables(self, llama_model: LlamaModel, layout: DocumentLayout, row: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [P, D/2] for positions 0 to P - 1, P a multiple of 128; the last call's where these serve."""
+        num_positions = layout.num_positions or row
+        frequencies = follow_longest(llama_model.rotary_emb, layout.num_real_positions)
+        if self._tables is None or frequencies != self._frequencies or len(self._tables[0]) < num_positions:
+            positions = torch.arange(-(-num_positions // 128) * 128, device=llama_model.norm.weight.device)[None]
             half = slice(None, llama_model.layers[0].self_attn.head_dim // 2)
-            cos, sin = rope_tables(llama_model, positions)
-            self._tables[num_positions] = cos[0, :, half].contiguous(), sin[0, :, half].contiguous()
-        return self._tables[num_positions]
+            cos, sin = rope_tables(llama_model, positions, layout.num_real_positions)
+            self._tables = cos[0, :, half].contiguous(), sin[0, :, half].contiguous()
+            self._frequencies = frequencies
+        return self._tables
 
 
 def _fuse(
