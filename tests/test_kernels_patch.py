@@ -151,6 +151,19 @@ def test_row21_frequencies_in_bf16_are_refused():
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
+def test_attention_dropout_is_refused_in_training_and_only_there(fused: bool):
+    model = with_adapter(make_llama(attention_dropout=0.1)).eval()
+    with patched(model, attention="sdpa", fused=fused) as llama, torch.no_grad():
+        expected = packed_loss_sum(llama, *packed())
+        model.train()
+        with pytest.raises(ValueError, match=r"attention_dropout=0\.1 .* set it to 0 in the model's config\.json"):
+            packed_loss_sum(llama, *packed())
+        for layer in llama.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        assert torch.equal(packed_loss_sum(llama, *packed()), expected)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["stock", "fused"])
 @pytest.mark.parametrize("num_kv_heads", [8, 2, 1])
 def test_row23_grouped_heads_give_the_stock_gradients(num_kv_heads: int, fused: bool):
     """KV groups of 1, 4 and 8: packed by the patch, one by one by Hugging Face and PEFT."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from packloop.config import ModelConfig
-from packloop.engine.model import load_base, load_tokenizer, resolve_name
+from packloop.config import LoraConfig, ModelConfig
+from packloop.engine.model import load_base, load_model, load_tokenizer, resolve_name
 from packloop.errors import ConfigError, InputError
 
 BUNDLED = Path(resolve_name("bundled"))
@@ -52,6 +52,21 @@ def test_what_a_directory_lacks(tmp_path, missing, added, message):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
+
+
+def test_a_model_with_attention_dropout_is_not_trained_without_it(tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(BUNDLED, directory)
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.1}))
+    load(str(directory))  # for generation
+    config = ModelConfig(name_or_path=str(directory), quantization="none", dtype="float32")
+    for lora in (LoraConfig(), LoraConfig(enabled=False)):
+        with pytest.raises(
+            InputError, match=r"^model\.name_or_path=.*attention_dropout=0\.1, .* set it to 0"
+        ) as caught:
+            load_model(config, lora, torch.device("cpu"))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["/none", "./none", "../none", "~/none", "a/b/c"])

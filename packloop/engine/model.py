@@ -48,10 +48,11 @@ def load_tokenizer(config: ModelConfig, *, named: str = "model.name_or_path") ->
     return tokenizer
 
 
-def load_base(config: ModelConfig, device: torch.device) -> LlamaForCausalLM:
+def load_base(config: ModelConfig, device: torch.device, *, trains: bool = False) -> LlamaForCausalLM:
     """The frozen base on `device`: NF4 linear layers or `dtype`; norms, embedding and head in `dtype`; no KV cache.
 
-    Raises InputError (or ConfigError) for a model that is not there, cannot be reached, is no Llama or lacks files.
+    Raises InputError (or ConfigError) for a model that is not there, cannot be reached, is no Llama or lacks files, and
+    if it `trains`, for one whose attention has dropout, which training would leave out.
     """
     dtype = getattr(torch, config.dtype)
     architecture: PretrainedConfig = _load(AutoConfig, "config", config)
@@ -59,6 +60,12 @@ def load_base(config: ModelConfig, device: torch.device) -> LlamaForCausalLM:
         raise InputError(
             f"model.name_or_path={config.name_or_path!r} is of type {architecture.model_type!r}; "
             "a Llama model is needed"
+        )
+    if trains and architecture.attention_dropout:
+        raise InputError(
+            f"model.name_or_path={config.name_or_path!r}: its config.json has "
+            f"attention_dropout={architecture.attention_dropout}, and no attention here has dropout; "
+            "to train without, set it to 0 in a copy of the model"
         )
     # Llama 2's early checkpoints ask for tensor-parallel slices of the linear layers: slower, other numerics, no NF4.
     architecture.pretraining_tp = 1
@@ -114,7 +121,7 @@ def attach_adapter(base: LlamaForCausalLM, config: LoraConfig, *, base_name: str
 
 def load_model(model: ModelConfig, lora: LoraConfig, device: torch.device) -> PeftModel | LlamaForCausalLM:
     """The model to train: a PEFT model on a frozen base, or, with lora.enabled=false, a Llama that trains whole."""
-    base = load_base(model, device)
+    base = load_base(model, device, trains=True)
     if not lora.enabled:
         return base.requires_grad_(True)
     return attach_adapter(base, lora, base_name=model.name_or_path)

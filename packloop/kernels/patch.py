@@ -381,6 +381,12 @@ def _replace_forward(module: nn.Module, forward) -> None:
     module.forward = MethodType(forward, module)
 
 
+def _attention_dropouts(llama_model: LlamaModel) -> list[float]:
+    """Those that are not 0."""
+    found = (getattr(layer.self_attn, "attention_dropout", None) for layer in llama_model.layers)
+    return [p for p in found if p]
+
+
 def _model_forward(stock_forward, run_layers, operations: Operations):
     def forward(
         self: LlamaModel,
@@ -398,6 +404,11 @@ def _model_forward(stock_forward, run_layers, operations: Operations):
         if args or ignored:
             raise ValueError(
                 f"layout says which slots see each other; {', '.join(ignored) or 'what else is given'} would be ignored"
+            )
+        if self.training and (dropouts := _attention_dropouts(self)):
+            raise ValueError(
+                f"the model's attention_dropout={max(dropouts)} would be ignored, since no attention here has dropout; "
+                "to train without, set it to 0 in the model's config.json or in each LlamaAttention"
             )
         hidden_BLH = run_layers(self, self.embed_tokens(input_ids), position_ids, layout)
         return BaseModelOutputWithPast(last_hidden_state=hidden_BLH)
