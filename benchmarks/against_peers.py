@@ -36,6 +36,7 @@ from benchmarks.peers.sweep import best_batches
 _DRY_SHARED = "--length 64 --batch 1 --steps 1 --warmup 1"
 _DRY_TRL = "--attention sdpa"
 _RECOMPUTING = ", recomputing"
+_REHEARSAL = "rehearsal"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,6 +53,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ours-args", default="", help="options put after the case's own for packloop")
     parser.add_argument("--peer-args", default="", help="options put after the case's own for the peer")
     parser.add_argument("--turns", default="ABBA", help="A is packloop, B the peer")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="first a turn of the peer that does not count, for one that compiles for every size of micro-batch",
+    )
     parser.add_argument("--floor", action="store_true", help="packloop's turns A time the floor of each step too")
     parser.add_argument("--no-extras", action="store_true", help="only the turns")
     parser.add_argument(
@@ -130,7 +136,8 @@ class Comparison:
     def _turns(self) -> list[tuple[str, str, list[str]]]:
         """(turn, side, options put after those that the side began with)."""
         of_a = ["--floor"] * self.arguments.floor
-        turns = [(turn, turn, of_a if turn == "A" else []) for turn in self.arguments.turns]
+        turns = [(_REHEARSAL, "B", [])] if self.arguments.rehearse else []
+        turns += [(turn, turn, of_a if turn == "A" else []) for turn in self.arguments.turns]
         extras = () if self.arguments.no_extras else self.case.extras
         turns += [(name, "A", shlex.split(options)) for name, options in extras]
         for batch in self.arguments.peer_batch_too:
@@ -146,6 +153,9 @@ class Comparison:
 
     def _take(self, turn: str, side: LiveProcess | AbsentProcess, options: list[str]) -> None:
         row = side.turn(options)
+        if turn == _REHEARSAL:
+            print(describe({"turn": turn, **row}), flush=True)
+            return
         if self.arguments.sweep:
             turn = side.who + (_RECOMPUTING if turn.endswith(_RECOMPUTING) else "")
             row["batch"] = int(options[-1])
@@ -240,17 +250,22 @@ class Comparison:
 
 def write(result: dict[str, Any], directory: Path, name: str) -> None:
     """NAME.json with every row, and the directory NAME with a cell a setting."""
-    from benchmarks.peers.cells import save_cells  # imports torch, for which no side should have to wait
-
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    from benchmarks.peers.cells import save_cells  # imports torch, for which neither a side nor the rows should wait
+
     save_cells(directory / name, result["rows"], session=result["session"], shape=result["shape"])
+
+
+def _stop(*_: object) -> None:
+    """As an exception, so that the sides end and the rows so far are kept: also where the signal comes twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit("stopped")
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     arguments = parse(argv)
-    # As an exception, so that the sides end and the rows so far are kept.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    signal.signal(signal.SIGTERM, _stop)
     results = []
     for name in arguments.cases:
         comparison = Comparison(name, arguments)

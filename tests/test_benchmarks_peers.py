@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,7 @@ def _command(places: dict[str, str], tmp_path: Path, *words: str) -> list[str]:
 
 def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsys, monkeypatch):
     fork_from(process, monkeypatch)
-    against_peers.main(_command(places, tmp_path, "all-linear-unsloth", "--turns", "ABA", "--no-extras"))
+    against_peers.main(_command(places, tmp_path, "all-linear-unsloth", "--turns", "ABA", "--no-extras", "--rehearse"))
     result = json.loads((tmp_path / "out" / "all-linear-unsloth.json").read_text())
     mine, theirs, again = result["rows"]
     assert mine["who"] == "packloop", mine
@@ -182,7 +183,12 @@ def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsy
     assert again["losses"] == mine["losses"]
     assert "GPU" in theirs["skipped"]
     assert result["verdicts"][0]["ratio"] is None
-    assert "no rate" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no rate" in printed
+    assert [line.split()[0] for line in printed.splitlines() if line.split()[1:2] == ["Unsloth"]][:2] == [
+        "rehearsal",
+        "B",
+    ]
     their_cell, ours_cell = load_cells(tmp_path / "out" / "all-linear-unsloth")
     assert (ours_cell.who, ours_cell.status, ours_cell.figures.timed_steps) == ("packloop", "measured", 2)
     assert ours_cell.settings["lora.target_modules"] == "all-linear"
@@ -202,6 +208,8 @@ def test_a_sweep_that_is_stopped_keeps_its_rows(places, tmp_path):
     with subprocess.Popen([sys.executable, script, *command], stdout=subprocess.PIPE, text=True) as driver:
         ready, first, second = (driver.stdout.readline() for _ in range(3))
         driver.terminate()
+        time.sleep(0.3)
+        driver.terminate()  # as `timeout` sends it: to its child and to the child's group
         driver.communicate(timeout=200)
     assert "packloop is ready" in ready
     assert "batch 1, bfd" in first

@@ -47,8 +47,9 @@ class _FlashAttention:
         return _Differentiable.apply(q_THD, k_TKD, v_TKD, self, layout, scale)
 
 
-# Features of a head whose rows go by flash-attn's functions for rows. With few heads on a large GPU its forward splits
-# the keys among programs, and 2.8.3 then writes wrong outputs for heads of 80 and 96 features.
+# Features of a head whose rows go by flash-attn's functions for rows: those that the GPU tests cover. A build of the
+# package for these alone runs heads of 80 and 96 all the same, and where few heads make the forward for rows split the
+# keys among programs, its outputs were wrong; those for bounds of documents were right.
 _ROW_HEAD_DIMS = (64, 128)
 
 
