@@ -18,6 +18,7 @@ from packloop.data.packing import epoch_packs
 from packloop.engine import plan
 from packloop.engine.batch import Windows
 from packloop.engine.loop import train
+from packloop.engine.planner import layout as planned_layout
 from packloop.errors import ConfigError, InputError
 from packloop.gpus import find_gpu
 from packloop.kernels import attention as attention_module
@@ -129,7 +130,7 @@ def test_windows_drop_padding_where_they_are_told_to():
 
 def test_a_run_without_padding_learns_the_same(small_base, small_rows, tmp_path, monkeypatch):
     """With a backend that takes documents by a mask, which a CPU has."""
-    monkeypatch.setattr(plan, "FLAT", (*FLAT, "sdpa"))
+    monkeypatch.setattr(planned_layout, "FLAT", (*FLAT, "sdpa"))
     found, slots = {}, {}
     for padding in ("keep", "drop"):
         run_dir = tmp_path / padding

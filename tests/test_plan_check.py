@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from packloop.bench.plan import load_from, plan
+from packloop.bench.plan import plan
 from packloop.bench.plan_check import Check, check_probe, check_recorded, settle
+from packloop.bench.plan_loads import load_from
 from packloop.bench.probe import probe
 from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import ModelConfig, load_config

@@ -28,6 +28,7 @@ from packloop.engine.batch import Micro
 from packloop.engine.loop import make_loader, train
 from packloop.engine.model import load_tokenizer
 from packloop.engine.optim import FlatParameters
+from packloop.engine.planner import layout as planned_layout
 from packloop.errors import ConfigError
 from packloop.kernels.attention import FLAT, CountedAttention
 from packloop.kernels.linear_cross_entropy import cross_entropy_, linear_cross_entropy
@@ -196,10 +197,10 @@ def test_memory_is_planned_for_the_largest_micro_batch(small_base, small_rows, t
     )
     data = build_data(config.data, load_tokenizer(config.model), seed=0)
     loader = make_loader(config, data, 0, Accelerator(cpu=True))
-    first = plan.largest_micro(config, loader)
+    first = planned_layout.largest_micro(config, loader)
     assert first.prefix_of is None
     config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"prefix_reuse": "micro_batch"})})
-    micro = plan.largest_micro(config, loader)
+    micro = planned_layout.largest_micro(config, loader)
     assert loader.state()["cursor"] == 0
     sizes = []
     while loader.state()["epoch"] < 3:
@@ -208,7 +209,7 @@ def test_memory_is_planned_for_the_largest_micro_batch(small_base, small_rows, t
     # Of a run too long to look through, all slots of packs.
     for num_epochs, is_looked_through in ((500, True), (800, False)):
         train_config = config.train.model_copy(update={"num_train_epochs": num_epochs})
-        micro = plan.largest_micro(config.model_copy(update={"train": train_config}), loader)
+        micro = planned_layout.largest_micro(config.model_copy(update={"train": train_config}), loader)
         assert (micro.num_slots < first.num_slots) == is_looked_through
 
 
@@ -295,8 +296,8 @@ def test_attention_that_knows_no_beginnings_refuses(small_base):
 
 def test_a_run_that_shares_learns_the_same(small_base, small_rows, tmp_path, monkeypatch):
     """With a backend that takes documents by a mask, which a CPU has."""
-    monkeypatch.setattr(plan, "FLAT", (*FLAT, "sdpa"))
-    monkeypatch.setattr(plan, "SHARING", ("sdpa",))
+    monkeypatch.setattr(planned_layout, "FLAT", (*FLAT, "sdpa"))
+    monkeypatch.setattr(planned_layout, "SHARING", ("sdpa",))
     template = {"prompt": "Write, in one line, what this answers. {instruction}\n", "response": "{response}"}
     found = {}
     for reuse in ("none", "micro_batch"):
@@ -337,7 +338,7 @@ def test_a_run_that_shares_learns_the_same(small_base, small_rows, tmp_path, mon
     ],
 )
 def test_what_cannot_share_is_refused(small_base, small_rows, tmp_path, sections, message, monkeypatch):
-    monkeypatch.setattr(plan, "FLAT", (*FLAT, "sdpa"))
+    monkeypatch.setattr(planned_layout, "FLAT", (*FLAT, "sdpa"))
     kernels = {"prefix_reuse": "micro_batch", **sections.pop("kernels", {})}
     with pytest.raises(ConfigError, match=r"kernels\.prefix_reuse=micro_batch: " + re.escape(message)):
         train(small_config(small_base, small_rows, tmp_path / "run", kernels=kernels, **sections))

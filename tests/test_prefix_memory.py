@@ -10,7 +10,7 @@ from packloop.config import load_config
 from packloop.data import layout, prefix
 from packloop.data.layout import most_shared_slots
 from packloop.data.prefix import CommonPrefix
-from packloop.engine import plan
+from packloop.engine.planner.layout import epochs_looked_through
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from packloop.engine import plan
 def test_packs_are_looked_through_up_to_a_number_of_them_whatever_the_epochs(num_packs, longest):
     def looked_through(**train) -> int | None:
         config = load_config("recipes/llama2-7b-dolly.yaml", [f"train.{key}={value}" for key, value in train.items()])
-        return plan.epochs_looked_through(config, num_packs, steps_per_epoch=-(-num_packs // 12))
+        return epochs_looked_through(config, num_packs, steps_per_epoch=-(-num_packs // 12))
 
     steps_per_epoch = -(-num_packs // 12)
     assert looked_through(num_train_epochs=longest + 1) is None

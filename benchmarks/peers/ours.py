@@ -23,7 +23,7 @@ from packloop.bench.synthetic import random_model
 from packloop.config import KernelsConfig, RunConfig, TrainConfig
 from packloop.data.loader import TrainingData, build_data
 from packloop.engine.budget import limit_memory
-from packloop.engine.plan import largest_micro
+from packloop.engine.planner.layout import largest_micro
 
 # Targets of a micro-batch that the floor has room for, to those of the first window's.
 _SPARE = 1.1

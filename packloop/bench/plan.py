@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from transformers import AutoConfig, LlamaConfig
 
+from packloop.bench.plan_loads import Loads
 from packloop.bench.synthetic import shape_config
 from packloop.config import KernelsConfig, ModelConfig, RunConfig
-from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
-from packloop.data.loader import Batch, TrainingData, build_data, make_batch
-from packloop.data.packing import Packs, epoch_packs
-from packloop.data.prefix import CommonPrefix
+from packloop.data.loader import build_data
 from packloop.engine.budget import GIB, settle_budget
 from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer, resolve_name
-from packloop.engine.plan import (
-    count_layers,
-    epochs_looked_through,
-    knows_no_beginnings,
-    may_drop_padding,
-    needs_rows,
-)
-from packloop.engine.planner.policy import MemoryPlan
+from packloop.engine.planner.layout import why_not_as_asked
+from packloop.engine.planner.policy import MemoryPlan, count_layers
 from packloop.engine.planner.rates import ATTENTION_RATES
 from packloop.engine.planner.search import Candidate, Search
 from packloop.engine.planner.shape import ModelShape
-from packloop.engine.planner.time import Load
 from packloop.errors import ConfigError, InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
-from packloop.kernels.attention import FLAT, SHARING
 from packloop.kernels.flash_attention import NEEDED_CAPABILITY, why_not_heads
 from packloop.kernels.gated import HOPPER, why_not_quack
 from packloop.kernels.operations import Operations
 from packloop.kernels.patch import NEEDED_OF_MODEL
 
 _UNITS = {"": GIB, "gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
-# Packs that averages are taken over; fewer where documents share beginnings, which takes longer to find out.
-_MAX_PACKS, _MAX_SHARED_PACKS = 512, 64
 _SETTINGS = ("recompute_layers", "cached_layers", "keep_inputs_layers")
 
 
@@ -94,18 +79,23 @@ def plan(
         raise ConfigError(f"kernels.gated=quack: {NEEDED_OF_MODEL}; use kernels.gated=none")
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
     data = build_data(config.data, tokenizer, seed=config.train.seed)
-    load_of, is_paged = loads(config, data, tokenizer.pad_token_id), config.train.optim == "paged_adamw_32bit"
-    # One for each backend, as it decides where the documents of a micro-batch can lie.
-    searches = [
-        Search(shape, chosen, partial(load_of, attention=name), attentions=[name], is_paged=is_paged)
-        for name in attentions(config, chosen, shape.head_dim)
-    ]
+    loads, is_paged = Loads(config, data, tokenizer.pad_token_id), config.train.optim == "paged_adamw_32bit"
+    names = attentions(config, chosen, shape.head_dim)
+
+    def search(name: str, usable: list[str]) -> Search:
+        """Of one backend, as it decides where the documents of a micro-batch can lie."""
+        load_of = partial(loads.of, attention=name, usable=usable)
+        return Search(shape, chosen, load_of, attentions=[name], is_paged=is_paged)
+
     train = config.train
+    searches = [search(name, [name]) for name in names]  # the settings that are found name theirs
     best = _best(searches, budget_gib, train.per_device_train_batch_size * train.gradient_accumulation_steps)
     if not best:
-        smallest = min((search.smallest() for search in searches), key=lambda one: one.memory.counted_gib)
+        smallest = min((one.smallest() for one in searches), key=lambda one: one.memory.counted_gib)
         raise OutOfMemoryError(_does_not_fit(smallest, budget_gib))
-    return Forecast(config, shape, chosen, budget_gib, _as_configured(config, searches, budget_gib), best, notes)
+    among = loads.layout(train.per_device_train_batch_size, names).among
+    possible = [search(name, names) for name in names if among is None or name in among]
+    return Forecast(config, shape, chosen, budget_gib, _as_configured(config, possible, budget_gib), best, notes)
 
 
 def _best(searches: list[Search], budget_gib: float, global_batch: int) -> list[Candidate]:
@@ -181,109 +171,15 @@ def attentions(config: RunConfig, gpu: Gpu, head_dim: int) -> list[str]:
         possible = [name for name in ("document", "varlen") if reasons[name] is None]
         if config.data.packing != "bfd" or not possible:
             possible.append("sdpa")
-    if config.kernels.prefix_reuse == "micro_batch":
-        if not set(possible) & set(SHARING):
-            raise ConfigError(knows_no_beginnings(possible[0], reasons))
-        return [name for name in possible if name in SHARING]
-    if config.kernels.padding != "drop":
-        return possible
-    if not set(possible) & set(FLAT):
-        raise ConfigError(needs_rows(possible[0], reasons))
-    return [name for name in possible if name in FLAT]
+    refusals = {name: why_not_as_asked(config.kernels, name, reasons) for name in possible}
+    able = [name for name, refusal in refusals.items() if refusal is None]
+    if not able:
+        raise ConfigError(refusals[possible[0]])
+    return able
 
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
-
-
-def loads(config: RunConfig, data: TrainingData, pad_token_id: int) -> Callable[[int, str], Load]:
-    """The average micro-batch of that many packs under that attention, of an epoch's first packs."""
-    documents, packing, max_length = data.train, config.data.packing, config.data.max_length
-
-    @cache
-    def packs_of(epoch: int) -> tuple[Packs, np.ndarray]:
-        seed, shuffle = config.train.seed, config.data.shuffle
-        return epoch_packs(documents.lengths, packing, max_length, seed=seed, epoch=epoch, shuffle=shuffle)
-
-    packs, order = packs_of(0)
-    common_prefix = cache(lambda: CommonPrefix.of(documents))
-
-    def most_slots_of(batch: int) -> int | None:
-        """Of the largest micro-batch that shares beginnings, as `train` looks it up."""
-        steps_per_epoch = -(-packs.num_packs // (batch * config.train.gradient_accumulation_steps))
-        num_epochs = epochs_looked_through(config, packs.num_packs, steps_per_epoch)
-        if num_epochs is None:
-            return None
-        epochs = map(packs_of, range(num_epochs))
-        split = ((made, np.split(order, range(batch, len(order), batch))) for made, order in epochs)
-        return most_shared_slots(common_prefix(), split)
-
-    @cache
-    def load_of(batch: int, arrange: Callable[[Batch], Batch]) -> Load:
-        most_packs = _MAX_SHARED_PACKS if arrange is share_prefixes else _MAX_PACKS
-        count = min(max(1, packs.num_packs // batch), -(-most_packs // batch))
-        micros = [
-            make_batch(documents, packs, chosen, packing=packing, max_length=max_length, pad_token_id=pad_token_id)
-            for chosen in (order[number * batch : (number + 1) * batch] for number in range(count))
-        ]
-        # Memory is planned for as `train` does it: with padding, or for what beginnings leave at most.
-        most_slots, prefix_tokens = max(micro.num_slots for micro in micros), 0
-        if arrange is share_prefixes:
-            most_slots, prefix_tokens = most_slots_of(batch) or most_slots, common_prefix().length
-        found = load_from([arrange(micro) for micro in micros])
-        return replace(found, most_slots=most_slots, prefix_tokens=prefix_tokens)
-
-    def load(batch: int, attention: str) -> Load:
-        arrange = _arrangement(config, attention)
-        # Of its longest document or of what its packs share, else a micro-batch is made of packs like any other's.
-        if packing == "none" or arrange is share_prefixes:
-            return replace(load_of(batch, arrange), attention=attention)
-        one = load_of(1, arrange)
-        return Load(
-            (one.slots if arrange is as_packed else one.real_tokens) * batch,
-            one.real_tokens * batch,
-            one.labels * batch,
-            one.squared_lengths * batch,
-            one.most_slots * batch,
-            attention,
-        )
-
-    return load
-
-
-def _arrangement(config: RunConfig, attention: str) -> Callable[[Batch], Batch]:
-    """How a run under that attention lays the documents of a micro-batch out on a GPU."""
-    if attention not in FLAT or not may_drop_padding(config, on_gpu=True):
-        return as_packed
-    is_wrapped = config.data.packing == "wrapped"
-    shares = attention in SHARING and config.kernels.prefix_reuse != "none" and not is_wrapped
-    return share_prefixes if shares else without_padding
-
-
-def load_from(micros: list[Batch]) -> Load:
-    """The average of these micro-batches."""
-    squares = [attended_squares(micro.cu_seqlens.diff(), micro.prefix_of) for micro in micros]
-    return Load(
-        slots=float(np.mean([micro.num_slots for micro in micros])),
-        real_tokens=float(np.mean([micro.num_real_tokens for micro in micros])),
-        labels=float(np.mean([micro.label_index.numel() for micro in micros])),
-        squared_lengths=float(np.mean(squares)),
-        most_slots=max(micro.num_slots for micro in micros),
-        attention="",
-    )
-
-
-def attended_squares(lengths: ArrayLike, prefix_of: ArrayLike | None) -> int:
-    """n^2 of every n tokens and 2 n p where p that lie elsewhere come first: twice the pairs that attention multiplies.
-
-    lengths, prefix_of: of each document of a micro-batch, as in `Batch`.
-    """
-    own = np.asarray(lengths, dtype=np.int64)
-    if prefix_of is None:
-        return int(np.square(own).sum())
-    prefix = np.asarray(prefix_of, dtype=np.int64)
-    before = np.where(prefix >= 0, own[np.maximum(prefix, 0)], 0)
-    return int((own * (own + 2 * before)).sum())
 
 
 def _sources(config: RunConfig, synthetic: str | None) -> tuple[RunConfig, LlamaConfig, list[str]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from packloop.bench.plan import Forecast, attended_squares, load_from
+from packloop.bench.plan import Forecast
+from packloop.bench.plan_loads import attended_squares, load_from
 from packloop.bench.probe import Probe, probe
 from packloop.bench.synthetic import random_model, shape_config
 from packloop.config import ModelConfig, RunConfig

@@ -21,14 +21,8 @@ from packloop.engine.budget import GIB
 from packloop.engine.loop import make_loader, make_optimizer, set_numerics, train_step
 from packloop.engine.model import attach_adapter
 from packloop.engine.optim import FlatParameters
-from packloop.engine.plan import (
-    arrangement,
-    finds_tokens,
-    layout_preparation,
-    patch_options,
-    resolve_auto,
-    resolve_kernels,
-)
+from packloop.engine.plan import finds_tokens, layout_preparation, patch_options, resolve_auto, resolve_kernels
+from packloop.engine.planner.layout import arrangement
 from packloop.errors import InputError
 from packloop.kernels.patch import patched
 
@@ -105,7 +99,7 @@ class Job:
             )
         source = _WholeWindows(self.loader, train.per_device_train_batch_size, train.gradient_accumulation_steps)
         device = self.accelerator.device
-        self._windows = Windows(source, device, arrange=arrangement(config), finds_tokens=finds_tokens(config))
+        self._windows = Windows(source, device, arrange=arrangement(config.kernels), finds_tokens=finds_tokens(config))
         self.model = attach_adapter(base, config.lora, base_name="base")
         self.flat = FlatParameters(self.model)
         self.optimizer = make_optimizer(config, self.flat)
@@ -117,14 +111,14 @@ class Job:
     def resolve_kernels(self) -> None:
         """Settles what of `config` does not depend on memory, so that the next windows come as its steps take them."""
         self.config = resolve_kernels(self.config, self.model, self.loader, self.accelerator)
-        self._windows.arrange = arrangement(self.config)
+        self._windows.arrange = arrangement(self.config.kernels)
 
     def resolve(self) -> dict[str, Any]:
         """Settles every `auto` of `config`, which is replaced; returns the arguments for `patched`."""
         self.config = resolve_auto(
             self.config, self.model, self.loader, self.accelerator, paged_bytes=self.optimizer.paged_bytes
         )
-        self._windows.arrange = arrangement(self.config)
+        self._windows.arrange = arrangement(self.config.kernels)
         return patch_options(self.config, self.model)
 
     @contextmanager

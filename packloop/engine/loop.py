@@ -41,7 +41,8 @@ from packloop.engine.nonfinite import NonFiniteError, after_divergence, non_fini
 from packloop.engine.optim import AdamW, FlatParameters
 from packloop.engine.out_of_memory import MemoryAccount
 from packloop.engine.output_dir import check_output_dir
-from packloop.engine.plan import arrangement, finds_tokens, layout_preparation, patch_options, resolve_auto
+from packloop.engine.plan import finds_tokens, layout_preparation, patch_options, resolve_auto
+from packloop.engine.planner.layout import arrangement
 from packloop.engine.run_dir import (
     config_for_resume,
     load_trained_tensors,
@@ -201,7 +202,7 @@ def _train(
         loader,
         accelerator.device,
         layout_preparation(config),
-        arrange=arrangement(config),
+        arrange=arrangement(config.kernels),
         finds_tokens=finds_tokens(config),
     )
 

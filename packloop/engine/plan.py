@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import asdict, fields
 
@@ -13,37 +12,20 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from packloop.config import RunConfig
-from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
+from packloop.data.layout import without_padding
 from packloop.data.loader import Batch, PackLoader
-from packloop.data.prefix import CommonPrefix
 from packloop.engine.batch import to_device
 from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory
+from packloop.engine.planner.layout import choose_layout, first_micro, largest_micro, why_not_as_asked
 from packloop.engine.planner.policy import MemoryPlan, count_layers
 from packloop.engine.planner.shape import heads_of
 from packloop.errors import ConfigError
-from packloop.kernels.attention import (
-    FLAT,
-    SHARING,
-    DocumentLayout,
-    choose_backend,
-    load_backend,
-    prepare_layout,
-    usable_backends,
-)
+from packloop.kernels.attention import DocumentLayout, choose_backend, load_backend, prepare_layout, usable_backends
 from packloop.kernels.operations import Operations, choose_operations
 from packloop.kernels.patch import why_not_fused, why_not_interleaved
 
 logger = logging.getLogger(__name__)
-
-# Of a longer run not all packs are looked through, which would take about a second: memory is planned for with padding.
-_MOST_PACKS = 50_000
-# What an epoch takes beside its packs, as a number of them.
-_EPOCH_PACKS = 64
-# Of few packs more epochs are looked through than a run has: benchmarks go on for as many steps as they are told.
-_LEAST_PACKS = 1024
-# Share of the slots for whose sake `auto` takes an attention that is not the fastest.
-_WORTH_ANOTHER = 0.05
 
 
 def resolve_auto(
@@ -104,13 +86,6 @@ def layout_preparation(config: RunConfig) -> Callable[[DocumentLayout], None]:
     return lambda layout: prepare_layout(backend, layout, dtype)
 
 
-def arrangement(config: RunConfig) -> Callable[[Batch], Batch]:
-    """How a configuration lays out the documents of a micro-batch; what is still `auto` changes nothing."""
-    if config.kernels.prefix_reuse == "micro_batch":
-        return share_prefixes
-    return without_padding if config.kernels.padding == "drop" else as_packed
-
-
 def finds_tokens(config: RunConfig) -> bool:
     """Whether micro-batches need their distinct tokens, as far as a configuration tells, its `auto` settled or not."""
     masks_inputs = config.lora.enabled and config.lora.dropout > 0 and _adapts_attention(config.lora.target_modules)
@@ -157,47 +132,16 @@ def _resolve_memory(
 
 def _resolve_layout(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> dict[str, str]:
     """kernels.attention, padding and prefix_reuse: documents lie end to end where the attention that is taken can."""
-    kernels, micro = config.kernels, _first_micro(loader)
-    is_asked = kernels.prefix_reuse == "micro_batch" or kernels.padding == "drop"
-    drops = may_drop_padding(config, on_gpu=device.type == "cuda")
-    shares = drops and kernels.prefix_reuse != "none" and config.data.packing != "wrapped"
-    dropped, shared = without_padding(micro), share_prefixes(micro)
+    micro, named = first_micro(loader), config.kernels.attention
     dtype, head_dim = getattr(torch, config.model.dtype), heads_of(model.config)[2]
     reasons = usable_backends(is_packed=True, dtype=dtype, device=device, head_dim=head_dim)
-    usable = [name for name, reason in reasons.items() if reason is None and kernels.attention in ("auto", name)]
-    shares = shares and any(name in SHARING for name in usable)
-    if drops and not is_asked:
-        # Where little is left out of rows of one document each, they may suit a faster attention.
-        leaves_out = config.data.packing == "bfd" or _saves(shared if shares else dropped, micro)
-        drops = leaves_out and any(name in FLAT for name in usable)
-    among = FLAT if drops else None
-    # Attention is the smaller part of a step: who leaves out slots need not be the fastest.
-    if drops and shares and (kernels.prefix_reuse == "micro_batch" or _saves(shared, dropped)):
-        among = SHARING
-    attention = _resolve_attention(config, model, dropped if drops else micro, device, among)
-    shares = drops and shares and attention in SHARING
-    if kernels.prefix_reuse == "micro_batch" and not shares:
-        raise ConfigError(knows_no_beginnings(attention, reasons))
-    if is_asked and attention not in FLAT:
-        raise ConfigError(needs_rows(attention, reasons))
-    drops = drops and attention in FLAT
-    return {
-        "attention": attention,
-        "padding": "drop" if drops else "keep",
-        "prefix_reuse": "micro_batch" if shares else "none",
-    }
-
-
-def may_drop_padding(config: RunConfig, *, on_gpu: bool) -> bool:
-    """Whether padding is left out if the attention that is taken allows it."""
-    if config.kernels.prefix_reuse == "micro_batch" or config.kernels.padding == "drop":
-        return True
-    return config.kernels.padding == "auto" and on_gpu and config.data.packing != "wrapped"
-
-
-def _saves(arranged: Batch, batch: Batch) -> bool:
-    """Whether an arrangement of the same documents leaves out slots worth another attention."""
-    return arranged.num_slots <= (1 - _WORTH_ANOTHER) * batch.num_slots
+    usable = [name for name, reason in reasons.items() if reason is None and named in ("auto", name)]
+    choice = choose_layout(config, micro, usable, on_gpu=device.type == "cuda")
+    timed = without_padding(micro) if choice.drops_padding else micro
+    attention = _resolve_attention(config, model, timed, device, choice.among)
+    if refusal := why_not_as_asked(config.kernels, attention, reasons):
+        raise ConfigError(refusal)
+    return {"attention": attention, **choice.under(attention)}
 
 
 def _resolve_attention(
@@ -219,33 +163,6 @@ def _resolve_attention(
         raise ConfigError(str(error)) from None
     logger.info("kernels.attention=%s: %s", name, why)
     return name
-
-
-def needs_rows(attention: str, reasons: dict[str, str | None]) -> str:
-    """Why padding cannot be dropped under this backend, and what to change. reasons: as of `usable_backends`."""
-    return _needs_another(
-        f"kernels.padding=drop: kernels.attention={attention} needs packs in rows of their own",
-        FLAT,
-        reasons,
-        "kernels.padding=keep",
-    )
-
-
-def knows_no_beginnings(attention: str, reasons: dict[str, str | None]) -> str:
-    """Why beginnings cannot be shared under this backend, and what to change. reasons: as of `usable_backends`."""
-    fault = f"kernels.prefix_reuse=micro_batch: kernels.attention={attention} knows no beginnings that documents share"
-    return _needs_another(fault, SHARING, reasons, "kernels.prefix_reuse=none")
-
-
-def _needs_another(fault: str, names: tuple[str, ...], reasons: dict[str, str | None], otherwise: str) -> str:
-    """The fault, and which of the named backends to use or, where none of them can run, why."""
-    if able := [name for name in names if reasons.get(name) is None]:
-        return f"{fault}; use {'one of ' if len(able) > 1 else ''}{', '.join(able)}, or {otherwise}"
-    listed: dict[str, list[str]] = {}
-    for name in names:
-        listed.setdefault(reasons[name], []).append(name)
-    why = "; ".join(f"{', '.join(alike)}: {reason}" for reason, alike in listed.items())
-    return f"{fault}, and no other can run here ({why}); use {otherwise}"
 
 
 def _plan(
@@ -282,31 +199,3 @@ def _plan(
     )
     logger.info("memory: %s: %s", plan, why)
     return plan
-
-
-def largest_micro(config: RunConfig, loader: PackLoader) -> Batch:
-    """A micro-batch that has as many slots as any of the run may have, laid out as a settled configuration has it."""
-    micro = _first_micro(loader)
-    if config.kernels.prefix_reuse != "micro_batch":
-        return micro
-    num_epochs = epochs_looked_through(config, loader.num_packs, loader.steps_per_epoch)
-    if num_epochs is None:
-        return micro
-    epochs = map(loader.micro_batches, range(num_epochs))
-    return share_prefixes(micro, least_slots=most_shared_slots(CommonPrefix.of(loader.documents), epochs))
-
-
-def epochs_looked_through(config: RunConfig, num_packs: int, steps_per_epoch: int) -> int | None:
-    """Epochs whose micro-batches say how large one that shares beginnings gets; None where they take too long."""
-    steps = config.train.max_steps
-    num_epochs = math.ceil(steps / steps_per_epoch if steps else config.train.num_train_epochs)
-    if num_epochs * (num_packs + _EPOCH_PACKS) > _MOST_PACKS:
-        return None
-    return max(num_epochs, math.ceil(_LEAST_PACKS / num_packs))
-
-
-def _first_micro(loader: PackLoader) -> Batch:
-    position = loader.state()
-    micro = loader.next_window()[0]
-    loader.load_state(position)
-    return micro

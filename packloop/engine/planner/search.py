@@ -104,7 +104,7 @@ class Search:
         """
         found = []
         for batch in range(1, min(global_batch, _MAX_BATCH) + 1):
-            candidate = self.within(budget_gib, batch, max(1, round(global_batch / batch)))
+            candidate = self.within(budget_gib, batch, accumulation_of(global_batch, batch))
             if candidate is None:
                 break
             found.append(candidate)
@@ -136,6 +136,11 @@ class Search:
             time.step(plan, accumulation),
             is_gated=self.shape.is_gated,
         )
+
+
+def accumulation_of(global_batch: int, batch: int) -> int:
+    """Micro-batches of that many packs in a step of about as many packs as asked for."""
+    return max(1, round(global_batch / batch))
 
 
 def _priced(costs: LayerCosts, memory: MemoryModel, num_layers: int) -> LayerCosts:
