@@ -40,8 +40,8 @@ from packloop.config import DataConfig, ModelConfig, RunConfig
 from packloop.data.loader import TrainingData, build_data
 from packloop.engine.budget import is_out_of_memory
 from packloop.engine.environment import describe_environment
-from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer
+from packloop.engine.run import set_numerics
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.gpus import require_gpu
 

@@ -13,7 +13,7 @@ from small_job import read_metrics, read_steps, small_config
 from transformers import LlamaForCausalLM, get_scheduler
 
 from packloop.data.loader import PackLoader, build_data
-from packloop.engine import loop, metrics, schedule
+from packloop.engine import loop, metrics, run, schedule
 from packloop.engine.loop import train
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.optim import AdamW, FlatParameters
@@ -217,8 +217,8 @@ def test_the_peak_is_of_the_steps_alone(small_base, small_rows, tmp_path, monkey
         called.append(original.__name__)
         return original(*arguments, **options)
 
-    for name in ("resolve_auto", "reset_peak", "train_step"):
-        monkeypatch.setattr(loop, name, partial(trace, getattr(loop, name)))
+    for module, name in ((run, "resolve_auto"), (loop, "reset_peak"), (loop, "train_step")):
+        monkeypatch.setattr(module, name, partial(trace, getattr(module, name)))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", called.append)
     train(small_config(small_base, small_rows, tmp_path / "run", train={"max_steps": 2}))
     assert called == ["resolve_auto", "reset_peak", "train_step", "train_step"]

@@ -12,7 +12,7 @@ from small_job import small_config, too_long, write_rows
 
 from packloop import cli
 from packloop.config import RunConfig, changed_keys, dump_config, parse_config
-from packloop.engine import generate, loop, out_of_memory
+from packloop.engine import generate, loop, out_of_memory, run
 from packloop.engine.loop import train
 from packloop.engine.out_of_memory import less_memory, remedies
 from packloop.engine.run_dir import config_for_resume, may_change_on_resume
@@ -97,7 +97,7 @@ def test_a_model_that_finds_no_room_is_told_without_a_table(small_base, tmp_path
     def load(*_):
         raise SAID[0]
 
-    monkeypatch.setattr(loop, "load_model", load)
+    monkeypatch.setattr(run, "load_model", load)
     config = small_config(small_base, write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run")
     told = r"while the model was loaded \(CUDA out of memory\); in a new run: model.quantization=nf4, or a GPU"
     with pytest.raises(OutOfMemoryError, match=told):

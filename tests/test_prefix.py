@@ -25,10 +25,11 @@ from packloop.data.prefix import CommonPrefix
 from packloop.data.tokenize import Documents
 from packloop.engine import plan
 from packloop.engine.batch import Micro
-from packloop.engine.loop import make_loader, train
+from packloop.engine.loop import train
 from packloop.engine.model import load_tokenizer
 from packloop.engine.optim import FlatParameters
 from packloop.engine.planner import layout as planned_layout
+from packloop.engine.run import make_loader
 from packloop.errors import ConfigError
 from packloop.kernels.attention import FLAT, CountedAttention
 from packloop.kernels.linear_cross_entropy import cross_entropy_, linear_cross_entropy

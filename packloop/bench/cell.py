@@ -38,8 +38,8 @@ from packloop.config import ModelConfig, RunConfig, parse_config
 from packloop.data.loader import TrainingData, build_data
 from packloop.engine.batch import Micro
 from packloop.engine.budget import check_budget, is_out_of_memory
-from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_base, load_tokenizer
+from packloop.engine.run import set_numerics
 from packloop.errors import InputError, OutOfMemoryError
 
 OUT_OF_MEMORY = 3

@@ -14,13 +14,13 @@ from packloop.bench.synthetic import shape_config
 from packloop.config import KernelsConfig, ModelConfig, RunConfig
 from packloop.data.loader import build_data
 from packloop.engine.budget import GIB, settle_budget
-from packloop.engine.loop import set_numerics
 from packloop.engine.model import load_tokenizer, resolve_name
 from packloop.engine.planner.layout import why_not_as_asked
 from packloop.engine.planner.policy import MemoryPlan, count_layers
 from packloop.engine.planner.rates import ATTENTION_RATES
 from packloop.engine.planner.search import Candidate, Search
 from packloop.engine.planner.shape import ModelShape
+from packloop.engine.run import set_numerics
 from packloop.errors import ConfigError, InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
 from packloop.kernels.flash_attention import NEEDED_CAPABILITY, why_not_heads

@@ -18,11 +18,12 @@ from packloop.config import RunConfig
 from packloop.data.loader import Batch, PackLoader, TrainingData
 from packloop.engine.batch import Micro, Windows
 from packloop.engine.budget import GIB
-from packloop.engine.loop import make_loader, make_optimizer, set_numerics, train_step
+from packloop.engine.loop import train_step
 from packloop.engine.model import attach_adapter
 from packloop.engine.optim import FlatParameters
 from packloop.engine.plan import finds_tokens, layout_preparation, patch_options, resolve_auto, resolve_kernels
 from packloop.engine.planner.layout import arrangement
+from packloop.engine.run import make_loader, make_optimizer, set_numerics
 from packloop.errors import InputError
 from packloop.kernels.patch import patched
 

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 _RESERVE = """
 import torch
 from packloop.config import RunConfig
-from packloop.engine.loop import set_numerics
+from packloop.engine.run import set_numerics
 set_numerics(RunConfig())
 held = torch.empty(2**26, device="cuda")
 print({segment["is_expandable"] for segment in torch.cuda.memory_snapshot()})

@@ -13,7 +13,7 @@ from tiny_run import save_base
 
 from packloop import cli
 from packloop.config import RunConfig, dump_config, load_config
-from packloop.engine import loop, memory
+from packloop.engine import loop, memory, run
 from packloop.engine.budget import GIB, lift_limit
 from packloop.engine.planner.policy import MemoryPlan
 
@@ -79,7 +79,7 @@ def counted_bytes(config: RunConfig, run_dir, **options) -> int:
     gc.collect()
     torch.cuda.empty_cache()
     paged: list[int] = []
-    make = loop.make_optimizer
+    make = run.make_optimizer
 
     def make_and_look(*arguments):
         optimizer = make(*arguments)
@@ -87,7 +87,7 @@ def counted_bytes(config: RunConfig, run_dir, **options) -> int:
         return optimizer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_optimizer", make_and_look)
+        patch.setattr(run, "make_optimizer", make_and_look)
         loop.train(parsed(config, train={"output_dir": str(run_dir)}), **options)
     assert paged[0] > 0
     return torch.cuda.max_memory_reserved() + paged[0]

@@ -13,7 +13,7 @@ from small_job import read_metrics, small_config, tensors_equal, write_rows
 from tiny_run import save_base
 from torch import Tensor, nn
 
-from packloop.engine import loop
+from packloop.engine import loop, run
 from packloop.engine.optim import AdamW, FlatParameters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -92,14 +92,14 @@ def test_row24_a_resumed_run_is_paged_equal_and_takes_no_more_memory(tmp_path, m
         checkpoint={"every": 3, "keep": 9},
     )
     managed: list[bool] = []
-    make = loop.make_optimizer
+    make = run.make_optimizer
 
     def make_and_look(*arguments) -> AdamW:
         optimizer = make(*arguments)
         managed.extend(is_managed(moment) for moment in optimizer._moments())
         return optimizer
 
-    monkeypatch.setattr(loop, "make_optimizer", make_and_look)
+    monkeypatch.setattr(run, "make_optimizer", make_and_look)
 
     def peak_bytes(run_config, resume: str | None) -> int:
         gc.collect()
