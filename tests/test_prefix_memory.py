@@ -1,4 +1,4 @@
-"""How large micro-batches that share beginnings get: the look-up of it, and the runs that are short enough for it."""
+"""How large micro-batches without padding get: the look-up of it, and the runs that are short enough for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from packloop.config import load_config
 from packloop.data import layout, prefix
 from packloop.data.layout import most_shared_slots
 from packloop.data.prefix import CommonPrefix
-from packloop.engine.planner.layout import epochs_looked_through
+from packloop.engine.planner import layout as planned_layout
+from packloop.engine.planner.layout import arrangement, epochs_looked_through, largest_micro
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,34 @@ def test_the_most_slots_are_those_of_the_largest_micro_batch(monkeypatch):
     assert common.length > 0
     found = most_shared_slots(common, map(loader.micro_batches, range(4)))
     assert found == -(-most // 8) * 8
+
+
+@pytest.mark.parametrize("is_looked_through", [True, False])
+@pytest.mark.parametrize(
+    ("padding", "prefix_reuse"), [("keep", "none"), ("drop", "none"), ("drop", "micro_batch")], ids=lambda name: name
+)
+def test_with_a_document_a_pack_memory_is_planned_for_the_longest(
+    padding, prefix_reuse, is_looked_through, monkeypatch
+):
+    """Whatever the first micro-batch is: rows are as wide as a micro-batch's longest document."""
+    monkeypatch.setattr(layout, "SLOT_MULTIPLE", 8)
+    monkeypatch.setattr(planned_layout, "_LEAST_PACKS", 1)
+    monkeypatch.setattr(planned_layout, "_MOST_PACKS", 10**9 if is_looked_through else 0)
+    lengths = [*range(20, 60), 400]
+    documents = documents_of(*[[*range(10, 20), *range(30 + 7 * n, 30 + 7 * n + n)] for n in lengths])
+    loader = loader_of(documents, "none", max_length=500, per_device_batch_size=4, seed=1)
+    kernels = {"padding": padding, "prefix_reuse": prefix_reuse}
+    config = load_config(None, ["data.packing=none", *(f"kernels.{name}={value}" for name, value in kernels.items())])
+    arrange, sizes, first = arrangement(config.kernels), [], loader.state()
+    while loader.state()["epoch"] < config.train.num_train_epochs:
+        sizes += [arrange(micro).num_slots for micro in loader.next_window()]
+    loader.load_state(first)
+    planned = largest_micro(config, loader).num_slots
+    assert loader.state() == first
+    assert sizes[0] < max(sizes) <= planned
+    if not is_looked_through or padding == "keep":
+        assert planned == 4 * 410
+    elif prefix_reuse == "none":
+        assert planned == max(sizes)
+    else:  # what a second template would save is not in it
+        assert planned <= max(sizes) + 8

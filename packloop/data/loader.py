@@ -159,6 +159,17 @@ class PackLoader:
                 chosen += _split(window, self._per_device_batch_size, rank, self._world_size)
         return packs, chosen
 
+    def make(self, packs: Packs, numbers: np.ndarray) -> Batch:
+        """The micro-batch of these packs; the position is left as it is."""
+        return make_batch(
+            self.documents,
+            packs,
+            numbers,
+            packing=self._packing,
+            max_length=self._max_length,
+            pad_token_id=self._pad_token_id,
+        )
+
     def state(self) -> dict[str, int]:
         """The position: `cursor` packs of epoch `epoch` have been handed out."""
         return {"seed": self._seed, "epoch": self._epoch, "cursor": self._cursor}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 from packloop.config import KernelsConfig, RunConfig
 from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import Batch, PackLoader
+from packloop.data.packing import Packs
 from packloop.data.prefix import CommonPrefix
 from packloop.kernels.attention import FLAT, SHARING
 
@@ -110,19 +113,44 @@ def first_micro(loader: PackLoader) -> Batch:
 
 
 def largest_micro(config: RunConfig, loader: PackLoader) -> Batch:
-    """A micro-batch that has as many slots as any of the run may have, laid out as a settled configuration has it."""
-    micro = first_micro(loader)
-    if config.kernels.prefix_reuse != "micro_batch":
-        return micro
+    """A micro-batch that has as many slots as any of the run may have, laid out as a settled configuration has it.
+
+    Packs of `bfd` are planned for with the little padding that they have, and so is a run too long to look through.
+    """
+    packing, shares = config.data.packing, config.kernels.prefix_reuse == "micro_batch"
+    packs, micro_batches = loader.micro_batches(0)
+    numbers = micro_batches[0]
+    if packing == "none":  # a pack is a document, and a row as wide as the longest of its micro-batch
+        numbers = np.argsort(packs.pack_tokens)[-len(numbers) :]
+    if not shares and (packing != "none" or config.kernels.padding == "keep"):
+        return loader.make(packs, numbers)
     num_epochs = epochs_looked_through(config, loader.num_packs, loader.steps_per_epoch)
     if num_epochs is None:
-        return micro
-    epochs = map(loader.micro_batches, range(num_epochs))
+        return loader.make(packs, numbers)
+    epochs = [loader.micro_batches(epoch) for epoch in range(num_epochs)]
+    if packing == "none":
+        packs, numbers = _of_most_tokens(epochs)
+    micro = loader.make(packs, numbers)
+    if not shares:
+        return without_padding(micro)
     return share_prefixes(micro, least_slots=most_shared_slots(CommonPrefix.of(loader.documents), epochs))
 
 
+def _of_most_tokens(epochs: Iterable[tuple[Packs, list[np.ndarray]]]) -> tuple[Packs, np.ndarray]:
+    """(an epoch's packs, the numbers of those of a micro-batch) of the micro-batch with the most tokens."""
+
+    def sized() -> Iterator[tuple[int, Packs, np.ndarray]]:
+        for packs, micro_batches in epochs:
+            tokens = packs.pack_tokens
+            for numbers in micro_batches:
+                yield int(tokens[numbers].sum()), packs, numbers
+
+    _, packs, numbers = max(sized(), key=lambda one: one[0])
+    return packs, numbers
+
+
 def epochs_looked_through(config: RunConfig, num_packs: int, steps_per_epoch: int) -> int | None:
-    """Epochs whose micro-batches say how large one that shares beginnings gets; None where they take too long."""
+    """Epochs whose micro-batches say how large one without padding gets; None where they take too long."""
     steps = config.train.max_steps
     num_epochs = math.ceil(steps / steps_per_epoch if steps else config.train.num_train_epochs)
     if num_epochs * (num_packs + _EPOCH_PACKS) > _MOST_PACKS:
