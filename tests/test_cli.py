@@ -205,6 +205,7 @@ def test_ctrl_c_while_loading_exits_130(small_base, tmp_path):
     while (pipe := opened_by_a_reader(tmp_path / "rows.jsonl")) is None:
         assert os.waitpid(child, os.WNOHANG) == (0, 0), (tmp_path / "log").read_text()
         time.sleep(0.01)
+    time.sleep(0.5)  # between the pipe's opening and its reading Python would not look at the signal
     os.kill(child, signal.SIGINT)
     assert wait(child) == 130
     os.close(pipe)

@@ -168,6 +168,18 @@ def test_what_is_predicted_can_run(head_dim, packing, expected):
     assert attentions(config, require_gpu("h200"), head_dim) == expected
 
 
+def test_numerics_that_attention_cannot_have_are_refused_as_in_training():
+    def predicted(*overrides: str) -> list[str]:
+        return attentions(load_config(RECIPE, ["data.packing=bfd", *overrides]), require_gpu("h200"), 128)
+
+    assert predicted("model.dtype=float32") == ["sdpa"]
+    assert predicted("train.deterministic=true") == ["document"]
+    with pytest.raises(ConfigError, match=r"attention=document: needs model\.dtype=bfloat16, given float32; use"):
+        predicted("model.dtype=float32", "kernels.attention=document")
+    with pytest.raises(ConfigError, match=r"attention=varlen: PyTorch's copy has no deterministic backward"):
+        predicted("train.deterministic=true", "kernels.attention=varlen")
+
+
 def raising(monkeypatch, errors: dict[str, Exception]) -> None:
     def time_backend(name, *_):
         if name in errors:

@@ -23,7 +23,7 @@ from packloop.engine.planner.shape import ModelShape
 from packloop.engine.run import set_numerics
 from packloop.errors import ConfigError, InputError, OutOfMemoryError
 from packloop.gpus import Gpu, find_gpu, require_gpu
-from packloop.kernels.flash_attention import NEEDED_CAPABILITY, why_not_heads
+from packloop.kernels.flash_attention import NEEDED_CAPABILITY, why_not_heads, why_not_numerics
 from packloop.kernels.gated import HOPPER, why_not_quack
 from packloop.kernels.operations import Operations
 from packloop.kernels.patch import NEEDED_OF_MODEL
@@ -149,10 +149,14 @@ def parse_budget(text: str) -> float:
 def attentions(config: RunConfig, gpu: Gpu, head_dim: int) -> list[str]:
     """What `kernels.attention` may become: itself, or for `auto` the backends that need no package of their own.
 
-    ConfigError where what is asked for cannot run on this GPU, or for heads of this many features.
+    ConfigError where what is asked for cannot run on this GPU, in this dtype, or for heads of this many features.
     """
-    asked = config.kernels.attention
-    reasons = {name: why_not_heads(name, head_dim, gpu.capability) for name in ATTENTION_RATES}
+    asked, dtype = config.kernels.attention, getattr(torch, config.model.dtype)
+    reasons = {
+        name: why_not_numerics(name, dtype, deterministic=config.train.deterministic)
+        or why_not_heads(name, head_dim, gpu.capability)
+        for name in ATTENTION_RATES
+    }
     if asked != "auto":
         if asked not in ATTENTION_RATES:
             raise InputError(f"kernels.attention={asked}: predictions know {', '.join(ATTENTION_RATES)} and auto")
@@ -165,8 +169,6 @@ def attentions(config: RunConfig, gpu: Gpu, head_dim: int) -> list[str]:
         if reasons[asked] is not None:
             raise ConfigError(f"kernels.attention={asked}: {reasons[asked]}; use kernels.attention=auto")
         possible = [asked]
-    elif config.model.dtype != "bfloat16":
-        possible = ["sdpa"]
     else:
         possible = [name for name in ("document", "varlen") if reasons[name] is None]
         if config.data.packing != "bfd" or not possible:

@@ -249,16 +249,25 @@ def why_not(name: str, *, dtype: torch.dtype, device: torch.device, head_dim: in
     """None where the backend can run on the device for this dtype and head dim, otherwise the reason and the remedy."""
     if device.type != "cuda":
         return f"needs a CUDA GPU, the device is {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"needs model.dtype=bfloat16, given {str(dtype).removeprefix('torch.')}"
+    if reason := why_not_numerics(name, dtype, deterministic=torch.are_deterministic_algorithms_enabled()):
+        return reason
     needed, found = NEEDED_CAPABILITY[name], torch.cuda.get_device_capability(device)
     if found < needed:
         return f"needs compute capability {needed[0]}.{needed[1]}, this GPU has {found[0]}.{found[1]}"
     if reason := why_not_heads(name, head_dim, found):
         return reason
-    if name == "varlen" and torch.are_deterministic_algorithms_enabled():
-        return "PyTorch's copy has no deterministic backward for packed documents"
     return why_not_loaded(name)
+
+
+def why_not_numerics(name: str, dtype: torch.dtype, *, deterministic: bool) -> str | None:
+    """None where the backend takes this dtype and is as deterministic as asked for, otherwise the reason."""
+    if name in ("sdpa", "eager"):
+        return None
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs model.dtype=bfloat16, given {str(dtype).removeprefix('torch.')}"
+    if name == "varlen" and deterministic:
+        return "PyTorch's copy has no deterministic backward for packed documents"
+    return None
 
 
 def why_not_heads(name: str, head_dim: int, capability: tuple[int, int]) -> str | None:
