@@ -17,6 +17,7 @@ from packloop.engine import loop, metrics, run, schedule
 from packloop.engine.loop import train
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.optim import AdamW, FlatParameters
+from packloop.errors import ConfigError
 
 NUM_PACKS = 17  # of the small rows under bfd
 SCHEDULES = ("constant_with_warmup", "linear", "cosine")
@@ -225,3 +226,17 @@ def test_the_peak_is_of_the_steps_alone(small_base, small_rows, tmp_path, monkey
     assert [values["peak_gib"] for values in read_metrics(tmp_path / "run", timing=True)] == [None] * 2
     metrics.reset_peak(torch.device("cuda"))
     assert called[4:] == [torch.device("cuda")]
+
+
+def test_what_only_fused_layers_keep_is_refused_where_auto_finds_that_they_cannot_run(small_base, small_rows, tmp_path):
+    config = small_config(
+        small_base,
+        small_rows,
+        tmp_path / "run",
+        lora={"enabled": False},
+        kernels={"keep_inputs": 2},
+        train={"max_steps": 1},
+    )
+    with pytest.raises(ConfigError, match=r"^kernels\.keep_inputs=2: only fused .*; use kernels\.keep_inputs=auto$"):
+        train(config)
+    assert not (tmp_path / "run").exists()

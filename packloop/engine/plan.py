@@ -104,6 +104,12 @@ def _resolve_kernels(config: RunConfig, model: nn.Module, loader: PackLoader, de
         layer = "stock" if reason else "fused"
         if reason:
             logger.info("kernels.layer=stock: the fused layer cannot be used: %s", reason)
+            for name in ("dequant_cache", "keep_inputs"):
+                if (given := getattr(config.kernels, name)) not in ("auto", "none", 0):
+                    raise ConfigError(
+                        f"kernels.{name}={given}: only fused layers keep anything, and they cannot be used: {reason}; "
+                        f"use kernels.{name}=auto"
+                    )
     layout = _resolve_layout(config, model, loader, device)
     try:
         unfit = {"gated": why_not_interleaved(model) if layer == "fused" else None}
