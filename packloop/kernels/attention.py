@@ -7,7 +7,7 @@ multiple of K), D features of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -41,6 +41,8 @@ class DocumentLayout:
     # int32 on the host: of each document the one that holds its first tokens, too, or -1. None: all -1.
     prefix_of: Tensor | None = None
     distinct: DistinctTokens | None = None  # of the tokens in these slots, where their embeddings are what enters
+    # What backends have made of it, each under keys of its own, for the layers that follow.
+    made: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_real_positions(self) -> int:
@@ -65,11 +67,10 @@ class DocumentLayout:
 
     def bias_B1LL(self, dtype: torch.dtype) -> Tensor:
         """What is added to scores: 0 where a query may see a key, elsewhere the lowest number of dtype."""
-        biases = self.__dict__.setdefault("_biases", {})
-        if dtype not in biases:
+        if ("bias", dtype) not in self.made:
             hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.document_ids_BL.device)
-            biases[dtype] = torch.zeros_like(hidden).where(self.mask_B1LL, hidden)
-        return biases[dtype]
+            self.made["bias", dtype] = torch.zeros_like(hidden).where(self.mask_B1LL, hidden)
+        return self.made["bias", dtype]
 
 
 class Attention(Protocol):

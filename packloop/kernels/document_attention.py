@@ -28,7 +28,9 @@ Source: Dao, FlashAttention-2, arXiv:2307.08691; Su et al., RoPE, arXiv:2104.098
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from torch import Tensor
 
 from packloop.kernels import document_kernels as kernels
 from packloop.kernels.attention import DocumentLayout
-from packloop.kernels.flash_attention import DOCUMENT_HEAD_DIMS, _Differentiable
+from packloop.kernels.flash_attention import DOCUMENT_HEAD_DIMS, FlashAttention
 from packloop.kernels.rope import Rotation
 
 try:
@@ -44,6 +46,8 @@ try:
     import triton.language as tl
 except ModuleNotFoundError:  # a CPU-only torch comes without Triton
     triton = None
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -149,29 +153,50 @@ def plan_keys(cu_seqlens_cpu: Tensor, block: int, prefix_of: Tensor) -> tuple[Te
     return torch.from_numpy(keys.astype(np.int32)), torch.tensor(sums, dtype=torch.int32).reshape(-1, 5)
 
 
-def _listed(layout: DocumentLayout, kind: str, block: int) -> Tensor | int:
-    """A plan on the layout's device, made at first use and kept with the layout, as its mask is.
+class _KeyPlan(NamedTuple):
+    """Tiles of keys, and, of those that several documents have in common, how their gradients' parts are added up."""
 
-    kind: rows, queries, keys, sums, or "number of parts", which is on the host. A layout without shared beginnings has
-    its rows for queries and keys.
-    """
-    plans = layout.__dict__.setdefault("_document_plans", {})
-    kind = "rows" if layout.prefix_of is None and kind in ("queries", "keys") else kind
-    if (kind, block) not in plans:
-        bounds = layout.cu_seqlens.cpu() if layout.cu_seqlens_cpu is None else layout.cu_seqlens_cpu
-        if kind == "rows":
-            made = {"rows": plan_documents(bounds, block)}
-        elif kind == "queries":
-            made = {"queries": plan_queries(bounds, block, layout.prefix_of)}
-        else:
-            made = dict(zip(("keys", "sums"), plan_keys(bounds, block, layout.prefix_of), strict=True))
-            plans["number of parts", block] = int(made["sums"][-1:, 4].sum())
-        device = layout.cu_seqlens.device
-        for name, plan in made.items():
-            # A copy from pageable memory would make the host wait for the device.
-            on_device = plan.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else plan
-            plans[name, block] = on_device
-    return plans[kind, block]
+    tiles: Tensor
+    sums: Tensor
+    num_parts: int
+
+
+def _rows(layout: DocumentLayout, block: int) -> Tensor:
+    """Tiles of `block` slots of one document, on the layout's device; made at first use and kept with the layout."""
+    return _kept(layout, "rows", block, lambda bounds: _moved(plan_documents(bounds, block), layout))
+
+
+def _queries(layout: DocumentLayout, block: int) -> Tensor:
+    """Likewise, with the keys that lie elsewhere."""
+    if layout.prefix_of is None:
+        return _rows(layout, block)
+    return _kept(layout, "queries", block, lambda bounds: _moved(plan_queries(bounds, block, layout.prefix_of), layout))
+
+
+def _keys(layout: DocumentLayout, block: int) -> _KeyPlan:
+    """Likewise, with the queries that lie elsewhere."""
+
+    def make(bounds: Tensor) -> _KeyPlan:
+        tiles, sums = plan_keys(bounds, block, layout.prefix_of)
+        return _KeyPlan(_moved(tiles, layout), _moved(sums, layout), int(sums[-1:, 4].sum()))
+
+    if layout.prefix_of is None:
+        rows = _rows(layout, block)
+        return _KeyPlan(rows, rows[:0], 0)
+    return _kept(layout, "keys", block, make)
+
+
+def _kept(layout: DocumentLayout, kind: str, block: int, make: Callable[[Tensor], T]) -> T:
+    key = ("document", kind, block)
+    if key not in layout.made:
+        layout.made[key] = make(layout.cu_seqlens.cpu() if layout.cu_seqlens_cpu is None else layout.cu_seqlens_cpu)
+    return layout.made[key]
+
+
+def _moved(plan: Tensor, layout: DocumentLayout) -> Tensor:
+    device = layout.cu_seqlens.device
+    # A copy from pageable memory would make the host wait for the device.
+    return plan.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else plan
 
 
 def _check(**tensors: Tensor) -> None:
@@ -200,7 +225,7 @@ def _forward(q_THD, k_TKD, v_TKD, layout, scale, tiles: Tiles, rotation: Rotatio
     # Triton compiles a kernel anew for sizes that are no multiple of 16.
     padded_slots = -(-q_THD.shape[0] // 16) * 16
     lse_HT = torch.empty(num_heads, padded_slots, dtype=torch.float32, device=q_THD.device)
-    plan, turn_plan = _listed(layout, "queries", tiles.owned), _listed(layout, "rows", _POINTWISE.owned)
+    plan, turn_plan = _queries(layout, tiles.owned), _rows(layout, _POINTWISE.owned)
     if not len(plan):
         return lse_HT
     tables, position_ids_T = _tables(rotation)
@@ -241,15 +266,13 @@ def _backward(saved, d_out, q, k, v, layout, scale, tiles: BackwardTiles, rotati
     num_heads, num_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     delta_HT = torch.empty_like(lse_HT)
     tables, position_ids_T = _tables(rotation)
-    queries, keys = _listed(layout, "queries", tiles.queries.owned), _listed(layout, "keys", tiles.keys.owned)
-    if not len(keys):
+    queries, keys = _queries(layout, tiles.queries.owned), _keys(layout, tiles.keys.owned)
+    if not len(keys.tiles):
         return
     shares, parts = layout.prefix_of is not None, None
     if shares:
-        sums = _listed(layout, "sums", tiles.keys.owned)
-        num_parts = _listed(layout, "number of parts", tiles.keys.owned)
-        parts = delta_HT.new_empty(num_parts, num_kv_heads, 2, tiles.keys.owned, head_dim)
-    sides = ((True, queries, tiles.queries, num_heads), (False, keys, tiles.keys, num_kv_heads))
+        parts = delta_HT.new_empty(keys.num_parts, num_kv_heads, 2, tiles.keys.owned, head_dim)
+    sides = ((True, queries, tiles.queries, num_heads), (False, keys.tiles, tiles.keys, num_kv_heads))
     for is_query_side, plan, part, num_programs in sides:
         kernels.document_attention_backward_kernel[(len(plan) * num_programs,)](
             (_matrix(q), _matrix(k), _matrix(v)),
@@ -270,11 +293,11 @@ def _backward(saved, d_out, q, k, v, layout, scale, tiles: BackwardTiles, rotati
         )
     if shares:
         slices = tiles.keys.owned // _SUMMED_ROWS
-        kernels.document_attention_sum_kernel[(len(sums) * slices * num_kv_heads,)](
+        kernels.document_attention_sum_kernel[(len(keys.sums) * slices * num_kv_heads,)](
             (_matrix(dk), _matrix(dv)),
             parts,
             tables,
-            sums,
+            keys.sums,
             position_ids_T,
             num_kv_heads,
             scale,
@@ -304,7 +327,7 @@ def _default_tiles(dtype: torch.dtype, device: torch.device) -> tuple[Tiles, Bac
     )
 
 
-class DocumentAttention:
+class DocumentAttention(FlashAttention):
     """The backend `document`. Tiles are its defaults unless given.
 
     fp32, bf16 or fp16 on a GPU of compute capability 8.0 or newer, D one of 16, 32, 64 and 128. Deterministic. Takes
@@ -321,14 +344,15 @@ class DocumentAttention:
         """Lists the layout's tiles and sends them to its device: host work that no layer then waits for."""
         forward, backward = _default_tiles(dtype, layout.cu_seqlens.device)
         forward, backward = self._forward_tiles or forward, self._backward_tiles or backward
-        _listed(layout, "rows", _POINTWISE.owned)
-        for kind, tiles in (("queries", forward), ("queries", backward.queries), ("keys", backward.keys)):
-            _listed(layout, kind, tiles.owned)
+        _rows(layout, _POINTWISE.owned)
+        _queries(layout, forward.owned)
+        _queries(layout, backward.queries.owned)
+        _keys(layout, backward.keys.owned)
 
     def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
         # Of one row, a stock layer's q and k lie head by head.
         q_THD, k_TKD, v_TKD = (x.contiguous() for x in (q_THD, k_TKD, v_TKD))
-        return _Differentiable.apply(q_THD, k_TKD, v_TKD, self, layout, scale)
+        return super().__call__(q_THD, k_TKD, v_TKD, layout, scale)
 
     def forward(
         self, q_THD, k_TKD, v_TKD, layout, scale, *, rotation: Rotation | None = None, out: Tensor | None = None

@@ -42,7 +42,9 @@ class _Differentiable(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-class _FlashAttention:
+class FlashAttention:
+    """What the backends here share: autograd sees their `forward` and `backward` as one function."""
+
     def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: DocumentLayout, scale: float) -> Tensor:
         return _Differentiable.apply(q_THD, k_TKD, v_TKD, self, layout, scale)
 
@@ -53,7 +55,7 @@ class _FlashAttention:
 _ROW_HEAD_DIMS = (64, 128)
 
 
-class FlashAttn2(_FlashAttention):
+class FlashAttn2(FlashAttention):
     """FlashAttention-2 from the flash-attn package.
 
     Where each row is one document and full, by the functions behind `flash_attn_func`, which know every length
@@ -117,7 +119,7 @@ def _full_rows(layout: DocumentLayout, head_dim: int) -> int:
     return num_rows if is_full and not layout.is_packed and head_dim in _ROW_HEAD_DIMS else 0
 
 
-class TorchVarlen(_FlashAttention):
+class TorchVarlen(FlashAttention):
     """FlashAttention-2 as PyTorch carries it: no package to install."""
 
     def forward(self, q_THD, k_TKD, v_TKD, layout, scale):
@@ -159,7 +161,7 @@ class TorchVarlen(_FlashAttention):
             target.copy_(gradient)
 
 
-class FlashAttn4(_FlashAttention):
+class FlashAttn4(FlashAttention):
     """FlashAttention-4 from the flash-attn-4 package, whose kernels are compiled at first use."""
 
     def __init__(self):
