@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rehearse",
         action="store_true",
-        help="first a turn of the peer that does not count, for one that compiles for every size of micro-batch",
+        help="before the peer's first turn at a batch one that does not count, as its kernels may be compiled by size",
     )
     parser.add_argument("--floor", action="store_true", help="packloop's turns A time the floor of each step too")
     parser.add_argument("--no-extras", action="store_true", help="only the turns")
@@ -136,20 +136,30 @@ class Comparison:
     def _turns(self) -> list[tuple[str, str, list[str]]]:
         """(turn, side, options put after those that the side began with)."""
         of_a = ["--floor"] * self.arguments.floor
-        turns = [(_REHEARSAL, "B", [])] if self.arguments.rehearse else []
-        turns += [(turn, turn, of_a if turn == "A" else []) for turn in self.arguments.turns]
+        turns = [(turn, turn, of_a if turn == "A" else []) for turn in self.arguments.turns]
         extras = () if self.arguments.no_extras else self.case.extras
         turns += [(name, "A", shlex.split(options)) for name, options in extras]
         for batch in self.arguments.peer_batch_too:
             turns.append((f"B at batch {batch}", "B", ["--batch", str(batch), "--steps", "4"]))
-        return turns
+        return self._rehearsed(turns)
 
     def _sweep_turns(self) -> list[tuple[str, str, list[str]]]:
         sides = [self.arguments.sweep_side] if self.arguments.sweep_side else ["A", "B"]
         recomputes = "--checkpointing" in shlex.split(self.case.peers[self.peer])
         if "B" in sides and self.arguments.checkpointing_too and not recomputes:
             sides.append("B" + _RECOMPUTING)
-        return [(side, side, ["--batch", str(batch)]) for side in sides for batch in self.arguments.sweep]
+        turns = [(side, side, ["--batch", str(batch)]) for side in sides for batch in self.arguments.sweep]
+        return self._rehearsed(turns)
+
+    def _rehearsed(self, turns: list[tuple[str, str, list[str]]]) -> list[tuple[str, str, list[str]]]:
+        """The turns, before the peer's first at each batch another like it, where that is asked for."""
+        made, known = [], set()
+        for turn, side, options in turns:
+            if self.arguments.rehearse and side != "A" and (side, *options) not in known:
+                known.add((side, *options))
+                made.append((_REHEARSAL, side, options))
+            made.append((turn, side, options))
+        return made
 
     def _take(self, turn: str, side: LiveProcess | AbsentProcess, options: list[str]) -> None:
         row = side.turn(options)

@@ -37,7 +37,7 @@ KERNEL_EXCEPTIONS = {
     "gated.py": {"quack"},
     "llama_rope.py": {"transformers"},
     "nf4.py": {"bitsandbytes"},
-    "patch.py": {"transformers", "peft"},
+    "patch.py": {"transformers"},
 }
 # Functions that import or run packages which nobody here has written, and give what these raise as a reason.
 MAY_CATCH_ALL = {

@@ -200,6 +200,20 @@ def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsy
     assert (ours_cell.name, their_cell.name) == ("packloop-batch-1", "not-run")
 
 
+def test_the_peer_rehearses_each_batch_once(places, tmp_path):
+    def turns(*words: str) -> list[str]:
+        arguments = against_peers.parse(_command(places, tmp_path, "qv-liger", "--no-extras", "--rehearse", *words))
+        comparison = against_peers.Comparison("qv-liger", arguments)
+        made = comparison._sweep_turns() if arguments.sweep else comparison._turns()
+        return [" ".join([turn, *options[:2]]) for turn, _, options in made]
+
+    assert turns() == ["A", "rehearsal", "B", "B", "A"]
+    batch_16 = ["rehearsal --batch 16", "B at batch 16 --batch 16"]
+    assert turns("--turns", "AB", "--peer-batch-too", "16") == ["A", "rehearsal", "B", *batch_16]
+    swept = ["A --batch 2", "A --batch 4", "rehearsal --batch 2", "B --batch 2", "rehearsal --batch 4", "B --batch 4"]
+    assert turns("--sweep", "2,4") == swept
+
+
 def test_a_sweep_that_is_stopped_keeps_its_rows(places, tmp_path):
     # More lines than the pipe takes while nobody reads: however late it is stopped, it is not done.
     batches = ",".join(["1", "2"] * 2000)

@@ -286,8 +286,8 @@ def test_a_checkpoint_of_one_process_is_refused_by_both_of_two_which_write_nothi
         result = jobs.rank("of one", rank)
         assert result["error"] == (
             "ConfigError: cannot resume step-000002 with 2 processes on a CPU each: it was written by 1 process on a "
-            "CPU, and each has random numbers and packs of its own; resume with as many, or start a new run in another "
-            "train.output_dir"
+            "CPU, whose random numbers and shares of the packs are part of it; resume with 1 process on a CPU, or "
+            "start a new run in another train.output_dir"
         )
         assert result["steps"] == []
     assert sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")) == ["step-000002", "step-000004"]

@@ -27,7 +27,7 @@ QUIET_TRAINER = {
     "dataloader_drop_last": True,
 }
 # Beside those that every benchmark names.
-PACKAGES = ("flash-attn-4", "trl", "liger-kernel", "unsloth", "unsloth-zoo", "xformers")
+PACKAGES = ("flash-attn-4", "nvidia-cutlass-dsl", "trl", "liger-kernel", "unsloth", "unsloth-zoo", "xformers")
 # What a turn may change of a model that is loaded, by those who load one for all their turns.
 _OF_A_TURN = ("batch", "accumulation", "warmup", "steps")
 _NO_SETTINGS = ("model", "data", "tokenizer", "rows_fd", "commit")

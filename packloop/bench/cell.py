@@ -80,7 +80,7 @@ def load_subject(config: RunConfig, synthetic: str | None, tokenizer: str | None
     else:
         made = load_tokenizer(ModelConfig(name_or_path=source), named="--tokenizer")
     if synthetic is None:
-        base = load_base(config.model, device)
+        base = load_base(config.model, device, trains=True)
         shape = sessions.public(config.model.name_or_path)
     else:
         base = random_model(

@@ -14,7 +14,7 @@ from packloop.bench.synthetic import shape_config
 from packloop.config import KernelsConfig, ModelConfig, RunConfig
 from packloop.data.loader import build_data
 from packloop.engine.budget import GIB, settle_budget
-from packloop.engine.model import load_tokenizer, resolve_name
+from packloop.engine.model import check_trainable, load_tokenizer, resolve_name
 from packloop.engine.planner.layout import why_not_as_asked
 from packloop.engine.planner.policy import MemoryPlan, count_layers
 from packloop.engine.planner.rates import ATTENTION_RATES
@@ -205,6 +205,7 @@ def _sources(config: RunConfig, synthetic: str | None) -> tuple[RunConfig, Llama
             f"model.name_or_path={config.model.name_or_path!r} is of type {architecture.model_type!r}; "
             "a Llama model is needed"
         )
+    check_trainable(architecture, config.model)
     return config, architecture, []
 
 

@@ -112,7 +112,7 @@ def check_at_hand(forecast: Forecast, *, synthetic: str | None) -> Check:
     tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
     data = build_data(config.data, tokenizer, seed=config.train.seed)
     if synthetic is None:
-        base = load_base(config.model, device)
+        base = load_base(config.model, device, trains=True)
     else:
         base = random_model(
             shape_config(synthetic),

@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike
 
 from packloop.config import RunConfig
 from packloop.data.loader import Batch, PackLoader, TrainingData
-from packloop.data.prefix import CommonPrefix
 from packloop.engine.planner.layout import LayoutChoice, arrangement, choose_layout, largest_micro
 from packloop.engine.planner.search import accumulation_of
 from packloop.engine.planner.time import Load
@@ -27,12 +26,25 @@ class Loads:
     """
 
     def __init__(self, config: RunConfig, data: TrainingData, pad_token_id: int):
-        self._config, self._documents, self._pad_token_id = config, data.train, pad_token_id
-        self._loader, self._average = cache(self._loader), cache(self._average)
+        self._config, train = config, config.train
+        self._global_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        self._loader = PackLoader(
+            data.train,
+            packing=config.data.packing,
+            max_length=config.data.max_length,
+            per_device_batch_size=1,
+            gradient_accumulation_steps=self._global_batch,
+            rank=0,
+            world_size=1,
+            seed=train.seed,
+            shuffle=config.data.shuffle,
+            pad_token_id=pad_token_id,
+        )
+        self._average, self._first = cache(self._average), cache(self._first)
 
     def layout(self, batch: int, usable: Sequence[str]) -> LayoutChoice:
         """What micro-batches of that many packs make of padding and beginnings. usable: as of `choose_layout`."""
-        return choose_layout(self._config, self._micros(batch, 1)[0], usable, on_gpu=True)
+        return choose_layout(self._config, self._first(batch), usable, on_gpu=True)
 
     def of(self, batch: int, attention: str, usable: Sequence[str] | None = None) -> Load:
         """The average micro-batch of that many packs under that attention. usable: None where settings name it."""
@@ -54,35 +66,25 @@ class Loads:
         kernels = self._config.kernels.model_copy(update={"padding": padding, "prefix_reuse": prefix_reuse})
         config = self._config.model_copy(update={"kernels": kernels})
         shares = prefix_reuse == "micro_batch"
+        prefix_tokens = self._loader.common_prefix.length if shares else 0
         micros = self._micros(batch, _MAX_SHARED_PACKS if shares else _MAX_PACKS)
-        return replace(
-            load_from(list(map(arrangement(kernels), micros))),
-            most_slots=largest_micro(config, self._loader(batch)).num_slots,
-            prefix_tokens=CommonPrefix.of(self._documents).length if shares else 0,
-        )
+        found = load_from(list(map(arrangement(kernels), micros)))
+        most_slots = largest_micro(config, self._of_size(batch)).num_slots
+        return replace(found, most_slots=most_slots, prefix_tokens=prefix_tokens)
+
+    def _first(self, batch: int) -> Batch:
+        return self._micros(batch, 1)[0]
 
     def _micros(self, batch: int, most_packs: int) -> list[Batch]:
         """Of the first epoch, as packed: all but its last, which may be smaller, and no more packs than that, about."""
-        loader = self._loader(batch)
+        loader = self._of_size(batch)
         packs, micro_batches = loader.micro_batches(0)
         count = min(max(1, packs.num_packs // batch), -(-most_packs // batch))
         return [loader.make(packs, numbers) for numbers in micro_batches[:count]]
 
-    def _loader(self, batch: int) -> PackLoader:
-        data, train = self._config.data, self._config.train
-        global_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        return PackLoader(
-            self._documents,
-            packing=data.packing,
-            max_length=data.max_length,
-            per_device_batch_size=batch,
-            gradient_accumulation_steps=accumulation_of(global_batch, batch),
-            rank=0,
-            world_size=1,
-            seed=train.seed,
-            shuffle=data.shuffle,
-            pad_token_id=self._pad_token_id,
-        )
+    def _of_size(self, batch: int) -> PackLoader:
+        accumulation = accumulation_of(self._global_batch, batch)
+        return self._loader.resized(per_device_batch_size=batch, gradient_accumulation_steps=accumulation)
 
 
 def load_from(micros: list[Batch]) -> Load:

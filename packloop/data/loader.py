@@ -6,7 +6,9 @@ Shape suffixes: B rows of a micro-batch, T slots of a row, N targets, D document
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from packloop.config import DataConfig
 from packloop.data.packing import Packing, Packs, epoch_packs, pack
+from packloop.data.prefix import CommonPrefix
 from packloop.data.prompts import Template, get_template, needed_texts
 from packloop.data.sources import Rows, load_train_and_eval
 from packloop.data.tokenize import Documents, TokenizeReport, tokenize_rows
@@ -22,6 +25,8 @@ from packloop.errors import InputError
 
 # An empty batch still goes through the model, so that a rank with no packs left joins the others' collectives.
 EMPTY_BATCH_SLOTS = 2
+# Epochs whose packs are kept: of few, micro-batches of several sizes are made one after the other.
+_KEPT_EPOCHS = 4
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,13 @@ class PackLoader:
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
-        self._shuffle = shuffle
         self._pad_token_id = pad_token_id
+
+        @lru_cache(maxsize=_KEPT_EPOCHS)
+        def packs_of(seed: int, epoch: int) -> tuple[Packs, np.ndarray]:
+            return epoch_packs(documents.lengths, packing, max_length, seed=seed, epoch=epoch, shuffle=shuffle)
+
+        self._packs_of = packs_of
         self._start_epoch(0)
 
     @property
@@ -149,9 +159,21 @@ class PackLoader:
     def steps_per_epoch(self) -> int:
         return -(-self.num_packs // self._packs_per_window)
 
+    def resized(self, *, per_device_batch_size: int, gradient_accumulation_steps: int) -> PackLoader:
+        """The same packs in micro-batches and windows of another size, at the same position."""
+        other = copy(self)
+        other._per_device_batch_size = per_device_batch_size
+        other._packs_per_window = per_device_batch_size * gradient_accumulation_steps * self._world_size
+        return other
+
+    @cached_property
+    def common_prefix(self) -> CommonPrefix:
+        """What the documents begin with in common."""
+        return CommonPrefix.of(self.documents)
+
     def micro_batches(self, epoch: int) -> tuple[Packs, list[np.ndarray]]:
         """An epoch's packs, and the numbers of those of every micro-batch, of all ranks."""
-        packs, order = self._packs_of(epoch)
+        packs, order = self._packs_of(self._seed, epoch)
         chosen = []
         for begin in range(0, len(order), self._packs_per_window):
             window = order[begin : begin + self._packs_per_window]
@@ -206,18 +228,8 @@ class PackLoader:
         return batches
 
     def _start_epoch(self, epoch: int) -> None:
-        self._packs, self._pack_order = self._packs_of(epoch)
+        self._packs, self._pack_order = self._packs_of(self._seed, epoch)
         self._epoch, self._cursor = epoch, 0
-
-    def _packs_of(self, epoch: int) -> tuple[Packs, np.ndarray]:
-        return epoch_packs(
-            self.documents.lengths,
-            self._packing,
-            self._max_length,
-            seed=self._seed,
-            epoch=epoch,
-            shuffle=self._shuffle,
-        )
 
 
 def eval_batches(

@@ -58,8 +58,8 @@ class Checkpoint:
             for number, kind in zip((num_processes, len(written)), reversed(kinds))
         )
         raise ConfigError(
-            f"cannot resume {self.path.name} with {given}: it was written by {needed}, and each has random numbers and "
-            "packs of its own; resume with as many, or start a new run in another train.output_dir"
+            f"cannot resume {self.path.name} with {given}: it was written by {needed}, whose random numbers and shares "
+            f"of the packs are part of it; resume with {needed}, or start a new run in another train.output_dir"
         )
 
 

@@ -79,7 +79,8 @@ def plan_memory(
     micro: one full micro-batch as `engine.batch.to_device` returns it. config: settled but for the plan's fields.
     fixed: those of them that are not free. The budget is of memory reserved and paged together, as `settle_on_gpu` has
     it; `enforce_budget` limits it.
-    A plan whose passes need a retry of the allocator gives way to a smaller one; the smallest need only run.
+    A plan whose passes need a retry of the allocator gives way to a smaller one; the smallest need only run, and is
+    taken where it leaves no memory to measure in.
     Raises OutOfMemoryError where even that does not. Gradients are left zeroed, generators as they were.
     """
     device = micro[0].device

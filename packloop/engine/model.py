@@ -61,12 +61,8 @@ def load_base(config: ModelConfig, device: torch.device, *, trains: bool = False
             f"model.name_or_path={config.name_or_path!r} is of type {architecture.model_type!r}; "
             "a Llama model is needed"
         )
-    if trains and architecture.attention_dropout:
-        raise InputError(
-            f"model.name_or_path={config.name_or_path!r}: its config.json has "
-            f"attention_dropout={architecture.attention_dropout}, and no attention here has dropout; "
-            "to train without, set it to 0 in a copy of the model"
-        )
+    if trains:
+        check_trainable(architecture, config)
     # Llama 2's early checkpoints ask for tensor-parallel slices of the linear layers: slower, other numerics, no NF4.
     architecture.pretraining_tp = 1
     quantization = None
@@ -95,6 +91,16 @@ def load_base(config: ModelConfig, device: torch.device, *, trains: bool = False
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return model.requires_grad_(False)
+
+
+def check_trainable(architecture: PretrainedConfig, config: ModelConfig) -> None:
+    """InputError for a model whose attention has dropout, which training would leave out."""
+    if architecture.attention_dropout:
+        raise InputError(
+            f"model.name_or_path={config.name_or_path!r}: its config.json has "
+            f"attention_dropout={architecture.attention_dropout}, and no attention here has dropout; "
+            "to train without, set it to 0 in a copy of the model"
+        )
 
 
 def attach_adapter(base: LlamaForCausalLM, config: LoraConfig, *, base_name: str) -> PeftModel:

@@ -66,7 +66,7 @@ def prepare_run(config: RunConfig, resume: str | None, account: MemoryAccount) -
     if resume:
         with accelerator.main_process_first():  # which sets damaged checkpoints aside, so that the others find none
             checkpoint = find_checkpoint(run_dir, resume)
-        checkpoint.check_processes(accelerator.num_processes)  # on every rank, before anything is written
+        checkpoint.check_processes(accelerator.num_processes)  # on every rank, before a run file is written
         account.config = config = config_for_resume(config, checkpoint.path)
     check_budget(config.train.memory_budget_gib, accelerator.device)
 

@@ -69,8 +69,7 @@ def choose_operations(
     Stock layers run none of these, so their part is `torch`, or `none` for gated; so is matmul's under deterministic
     algorithms, where `cublaslt` may be asked for and runs torch's products, as it does in float32. gated=auto is `none`
     as well where torch is asked for in swiglu's, matmul's or lora's place. unfit: by operation, why its fastest does
-    not suit the model.
-    ValueError where one is asked for and cannot run, with the remedy.
+    not suit the model. ValueError where one is asked for and cannot run, with the remedy.
     """
     why_not = {"triton": why_not_triton, "cublaslt": why_not_cublaslt, "quack": why_not_gated}
     why_not["first_layer"] = why_not["fused"] = lambda _: None

@@ -12,7 +12,6 @@ from packloop.config import KernelsConfig, RunConfig
 from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import Batch, PackLoader
 from packloop.data.packing import Packs
-from packloop.data.prefix import CommonPrefix
 from packloop.kernels.attention import FLAT, SHARING
 
 # Of a longer run not all packs are looked through, which would take about a second: memory is planned for with padding.
@@ -133,7 +132,7 @@ def largest_micro(config: RunConfig, loader: PackLoader) -> Batch:
     micro = loader.make(packs, numbers)
     if not shares:
         return without_padding(micro)
-    return share_prefixes(micro, least_slots=most_shared_slots(CommonPrefix.of(loader.documents), epochs))
+    return share_prefixes(micro, least_slots=most_shared_slots(loader.common_prefix, epochs))
 
 
 def _of_most_tokens(epochs: Iterable[tuple[Packs, list[np.ndarray]]]) -> tuple[Packs, np.ndarray]:
