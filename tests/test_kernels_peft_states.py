@@ -163,6 +163,25 @@ def change_adapter(model) -> None:
     model.set_adapter("other")
 
 
+def replace_adapter(model) -> None:
+    """By another of the same name, scaling and dropout."""
+    model.delete_adapter("default")
+    model.add_adapter("default", lora("all-linear"))
+    model.set_adapter("default")
+
+
+def change_a(model) -> None:
+    change_weight(model.base_model.model.model.layers[1].mlp.up_proj.lora_A["default"])
+
+
+def change_b(model) -> None:
+    change_weight(model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"])
+
+
+def change_weight(linear) -> None:
+    linear.weight = torch.nn.Parameter(linear.weight.data.clone())
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -171,6 +190,9 @@ def change_adapter(model) -> None:
         (change_dropout, r"layers\.1\.mlp\.up_proj has another dropout"),
         (change_scaling, r"layers\.1\.mlp\.up_proj has another scaling"),
         (change_adapter, rf"{LAYER} has another active adapter"),
+        (replace_adapter, rf"{LAYER} has another adapter weight"),
+        (change_a, r"layers\.1\.mlp\.up_proj has another adapter weight"),
+        (change_b, r"layers\.1\.mlp\.up_proj has another adapter weight"),
     ],
 )
 def test_a_change_inside_the_context_is_refused(change, what):
@@ -181,6 +203,21 @@ def test_a_change_inside_the_context_is_refused(change, what):
         with pytest.raises(ValueError, match=rf"kernels\.layer=fused: .*{what}.* use kernels\.layer=stock") as caught:
             packed_loss_sum(llama, *packed())
     assert "\n" not in str(caught.value)
+
+
+def test_new_values_in_the_same_parameters_are_followed():
+    """As optimizers write them, and as views of one buffer take their places."""
+    model = adapted()
+    with patched(model, attention="sdpa", fused=True) as llama, torch.no_grad():
+        before = packed_loss_sum(llama, *packed())
+        FlatParameters(model)
+        assert packed_loss_sum(llama, *packed()) == before
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+        after = packed_loss_sum(llama, *packed()).item()
+    assert after != pytest.approx(before.item(), rel=1e-3)
+    assert after == pytest.approx(stock_loss(model), rel=1e-6)
 
 
 def test_adapters_disabled_in_some_layers_are_refused():

@@ -14,11 +14,15 @@ from packloop.kernels.lora_linear import Lora
 
 
 class _State(NamedTuple):
-    """What decides which function a LoRA layer is, beside the values of its weights."""
+    """What decides which function a LoRA layer is, beside the values of its weights.
+
+    Weights go by `id`, which no other parameter gets while what was made of them holds them.
+    """
 
     active_adapter: tuple[str, ...]
     merged_adapter: bool
-    base_weight: int  # its id
+    base_weight: int
+    adapter_weight: tuple[int, ...]  # of A, then of B
     scaling: tuple[float, ...]
     dropout: tuple[float, ...]
 
@@ -26,12 +30,13 @@ class _State(NamedTuple):
     def of(cls, module: nn.Module) -> _State:
         # Through torch's dictionaries: a submodule as an attribute takes a microsecond, and there are hundreds.
         parts = module._modules
-        adapters, dropouts = parts["lora_A"]._modules, parts["lora_dropout"]._modules
-        names = tuple([name for name in module.active_adapters if name in adapters])
+        a, b, dropouts = (parts[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+        names = tuple([name for name in module.active_adapters if name in a])
         return cls(
             names,
             bool(module.merged_adapters),
             id(parts["base_layer"]._parameters["weight"]),
+            tuple([id(linears[name]._parameters.get("weight")) for linears in (a, b) for name in names]),
             tuple([module.scaling[name] for name in names]),
             tuple([vars(dropouts[name]).get("p", 0.0) for name in names]),
         )
