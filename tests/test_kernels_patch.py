@@ -127,6 +127,8 @@ def test_row21_angles_hold_at_32k_in_a_bf16_model(scaling: dict | None, tmp_path
     rotary = llama.model.rotary_emb
     assert rotary.inv_freq.dtype == torch.float32
     cos, sin = rope_tables(llama.model, torch.arange(32768)[None])
+    assert torch.equal(rotary.inv_freq, rotary.original_inv_freq)
+    rotary(torch.empty(()), torch.arange(32768)[None])  # sets Hugging Face's frequencies for that length
     exact_cos, exact_sin = (table.double() for table in reference.rope_tables(rotary.inv_freq, 32768))
     assert cos.dtype == sin.dtype == torch.float32
     assert (rotary.inv_freq == rotary.original_inv_freq).all() == (not scaling or scaling["rope_type"] != "dynamic")
@@ -144,7 +146,7 @@ def test_row21_angles_hold_at_32k_in_a_bf16_model(scaling: dict | None, tmp_path
 def test_row21_frequencies_in_bf16_are_refused():
     llama = make_llama().to(torch.bfloat16)  # casts them with the weights
     with (
-        pytest.raises(ValueError, match=r"inv_freq is torch\.bfloat16.*float32 is needed"),
+        pytest.raises(ValueError, match=r"frequencies are torch\.bfloat16.*float32 is needed"),
         patched(llama, attention="sdpa"),
     ):
         pass
@@ -202,13 +204,13 @@ def test_row23_a_model_without_its_attention_is_refused():
         pass
 
 
-@pytest.mark.parametrize(("rope", "num_tables"), [("default", 2), ("linear", 2), ("dynamic", 4)])
+@pytest.mark.parametrize(("rope", "num_tables"), [("default", 2), ("linear", 2), ("dynamic", 5)])
 def test_rows_of_many_lengths_share_tables_where_frequencies_are_the_same(rope, num_tables):
     parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0}
     llama = make_llama(rope_parameters=parameters, max_position_embeddings=100).eval()
     layers = FusedLayers(llama.model, load_backend("sdpa"), ["all"] * 2, 0)
     tables = []
-    for length in (9, 17, 120, 130, 9):  # dynamic: the original context's, the two longer ones' and again the first
+    for length in (9, 17, 120, 130, 120, 9):  # dynamic: the original context's, three longer ones' and again the first
         ids = torch.arange(3, 3 + length)[None]
         bounds = torch.tensor([0, length], dtype=torch.int32)
         layout = DocumentLayout(torch.zeros_like(ids, dtype=torch.int32), bounds, length, is_packed=False)

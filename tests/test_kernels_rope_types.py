@@ -1,4 +1,4 @@
-"""RoPE whose frequencies go by the longest position: packed, without padding and shared, as in Hugging Face's model."""
+"""RoPE whose frequencies go by the longest position: in every layout those of Hugging Face's model, freshly loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels_patch import make_llama
+from test_kernels_patch import make_llama, with_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from packloop.data import layout as layout_module
@@ -16,7 +16,8 @@ from packloop.data.packing import pack
 from packloop.data.tokenize import Documents
 from packloop.engine.batch import to_device
 from packloop.kernels.attention import DocumentLayout
-from packloop.kernels.patch import packed_loss_sum, patched
+from packloop.kernels.forward_check import check_forward
+from packloop.kernels.patch import find_llama, packed_loss_sum, patched
 
 CPU = torch.device("cpu")
 ORIGINAL = 32  # positions of the model before scaling
@@ -92,22 +93,45 @@ def test_the_longest_document_decides_not_the_row(rope_type, lengths, max_length
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_micro_batches_one_after_another_leave_the_same_frequencies(rope_type, layout, fused):
-    """Hugging Face's dynamic RoPE keeps those of the longest so far, until a short micro-batch comes."""
-    theirs = scaled_llama(rope_type)
+def test_a_micro_batch_has_the_frequencies_of_a_freshly_loaded_model(rope_type, layout, fused):
+    """Whatever came before: Hugging Face's dynamic RoPE keeps those of the longest sequence for a while."""
     with patched(scaled_llama(rope_type), attention="sdpa", fused=fused) as llama, torch.no_grad():
         for longest in (30, 60, 40, 32, 20, 40, 30):
             batch = micro_batch([20, 19, longest, 20], 100)
-            expected = hugging_face_loss(theirs, batch)
+            expected = hugging_face_loss(scaled_llama(rope_type), batch)
             found = packed_loss_sum(llama, *to_device(LAYOUTS[layout](batch), CPU)).item()
             assert found == pytest.approx(expected, rel=1e-6), longest
-        # Stock code inside the context goes on from there.
-        for length in (40, 50):
+
+
+def test_stock_code_and_ours_do_not_change_each_others_frequencies(rope_type, fused):
+    """Each goes on as if the other had not been there."""
+    theirs, fresh = scaled_llama(rope_type), scaled_llama(rope_type)
+    micros = [to_device(micro_batch([20, longest], 100), CPU) for longest in (60, 40, 20)]
+    with patched(fresh, attention="sdpa", fused=fused) as llama, torch.no_grad():
+        expected = [packed_loss_sum(llama, *inputs) for inputs in micros]
+    with patched(scaled_llama(rope_type), attention="sdpa", fused=fused) as llama, torch.no_grad():
+        for length in (30, 60, 40, 20, 50):
             ids = torch.arange(3, 3 + length)[None]
-            torch.testing.assert_close(llama(input_ids=ids).logits, theirs(input_ids=ids).logits)
-        batch = micro_batch([20, 45], 100)
-        found = packed_loss_sum(llama, *to_device(LAYOUTS[layout](batch), CPU)).item()
-        assert found == pytest.approx(hugging_face_loss(theirs, batch), rel=1e-6)
+            torch.testing.assert_close(llama(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=0)
+            assert [packed_loss_sum(llama, *inputs) for inputs in micros] == expected
+
+
+def test_the_check_before_training_and_passes_for_a_plan_leave_nothing_behind(rope_type, fused):
+    model = with_adapter(scaled_llama(rope_type)).train()
+    rotary = find_llama(model).model.rotary_emb
+    short, long = (to_device(micro_batch([20, longest], 100), CPU) for longest in (30, 60))
+    with patched(model, attention="sdpa", fused=fused) as llama:
+        expected = [packed_loss_sum(llama, *inputs) for inputs in (short, long)]
+    frequencies = rotary.inv_freq, rotary.inv_freq.clone(), rotary.max_seq_len_cached
+    for inputs in (long, short):
+        with patched(model, attention="sdpa", fused=fused, recompute_layers=1) as llama:
+            packed_loss_sum(llama, *inputs).backward()
+        with patched(model, attention="sdpa", fused=fused) as llama:
+            check_forward(llama, "sdpa")  # of 64 positions
+            assert [packed_loss_sum(llama, *inputs) for inputs in (short, long)] == expected
+    assert rotary.inv_freq is frequencies[0]
+    assert torch.equal(rotary.inv_freq, frequencies[1])
+    assert rotary.max_seq_len_cached == frequencies[2] == ORIGINAL
 
 
 def test_a_layout_without_the_number_goes_by_its_longest_document(rope_type, fused):

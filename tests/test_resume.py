@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from small_job import fork, read_metrics, rows, small_config, tensors_equal, wait, wait_for_step, write_rows
+from small_job import fork, read_metrics, read_steps, rows, small_config, tensors_equal, wait, wait_for_step, write_rows
 
 from packloop import cli
 from packloop.config import RunConfig, dump_config, parse_config
@@ -130,6 +130,26 @@ def test_tied_embeddings_resume_exactly(small_rows, tmp_path):
     config = config_of(base, small_rows, tmp_path / "whole", **changes)
     train(config)
     assert_resumes_from_step_6(tmp_path / "whole", tmp_path / "resumed", config)
+
+
+def test_frequencies_that_go_by_the_longest_document_resume_and_evaluate_exactly(small_rows, tmp_path):
+    """RoPE of type `dynamic`, in micro-batches on both sides of the original context."""
+    from tiny_run import save_base
+
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    base = save_base(tmp_path / "base", max_position_embeddings=48, rope_parameters=rope)
+    changes = {"data": {"packing": "none"}, "checkpoint": {"every": 1, "keep": 20}}
+    whole = config_of(base, small_rows, tmp_path / "whole", **changes)
+    train(whole)
+    for step in (4, 7):
+        copy = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole", copy)
+        config = config_of(base, small_rows, copy, **changes)
+        train(config, resume=str(copy / f"checkpoints/step-{step:06d}"))
+        assert_equal_runs(copy, tmp_path / "whole")
+    for every in (1, 100):
+        train(config_of(base, small_rows, tmp_path / f"eval-{every}", **changes, train={"eval_every": every}))
+        assert read_steps(tmp_path / f"eval-{every}") == read_steps(tmp_path / "whole")
 
 
 def assert_resumes_from_step_6(whole: Path, copy: Path, config: RunConfig) -> None:

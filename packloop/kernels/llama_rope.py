@@ -10,35 +10,37 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
+# Kinds whose frequencies go by the longest position.
+_SCALED_BY_LENGTH = ("dynamic", "longrope")
 
-def follow_longest(rotary: LlamaRotaryEmbedding, num_positions: int) -> int | None:
-    """What the frequencies for a sequence of so many positions depend on; None: on nothing. Those of `dynamic` are set.
 
-    As `dynamic_rope_update` of transformers, which reads the longest position back from the device: `dynamic` has the
-    frequencies of the longest sequence since one within the original context, `longrope` one set for sequences that
-    are longer than that and one for others.
+def scaled_length(rotary: LlamaRotaryEmbedding, num_positions: int) -> int | None:
+    """The length that frequencies are made for, given a sequence of so many positions; None: they are the model's own.
+
+    `dynamic` makes them for the sequence, `longrope` for one length, where it is longer than the original context. So
+    does `dynamic_rope_update` of transformers in a freshly loaded model; but it decides on the device, and `dynamic`
+    has a history there.
     """
+    if rotary.rope_type == "dynamic":
+        return num_positions if num_positions > rotary.original_max_seq_len else None
     if rotary.rope_type == "longrope":
-        return int(num_positions > rotary.config.rope_parameters["original_max_position_embeddings"])
-    if rotary.rope_type != "dynamic":
-        return None
-    # A tensor where Hugging Face's code has set it; an int from here on.
-    longest, original = int(rotary.max_seq_len_cached), rotary.original_max_seq_len
-    device = rotary.inv_freq.device
-    if num_positions > longest:
-        longest = num_positions
-        # A tensor as there, so that it rounds alike.
-        frequencies, rotary.attention_scaling = ROPE_INIT_FUNCTIONS["dynamic"](
-            rotary.config, torch.device("cpu"), seq_len=torch.tensor(longest)
-        )
-        if device.type == "cuda":  # a copy from pageable memory would make the host wait for the device
-            frequencies = frequencies.pin_memory()
-        rotary.inv_freq = frequencies.to(device, non_blocking=True)
-    elif num_positions < original < longest:
-        longest = original
-        rotary.inv_freq = rotary.original_inv_freq = rotary.original_inv_freq.to(device)
-    rotary.max_seq_len_cached = longest
-    return longest
+        original = rotary.config.rope_parameters["original_max_position_embeddings"]
+        return original + 1 if num_positions > original else None
+    return None
+
+
+def inverse_frequencies(rotary: LlamaRotaryEmbedding, length: int | None) -> Tensor:
+    """[D/2] for that length (`scaled_length`), made in fp32 on the host. `rotary` is left as it is.
+
+    Its `attention_scaling` is that of every length.
+    """
+    if length is None:
+        # Stock code may have left other frequencies in inv_freq.
+        return rotary.original_inv_freq if rotary.rope_type in _SCALED_BY_LENGTH else rotary.inv_freq
+    # As in transformers, `dynamic` is given a tensor, by which it rounds, and `longrope` a number.
+    seq_len = torch.tensor(length) if rotary.rope_type == "dynamic" else length
+    frequencies, _ = ROPE_INIT_FUNCTIONS[rotary.rope_type](rotary.config, torch.device("cpu"), seq_len=seq_len)
+    return frequencies
 
 
 def rope_tables(
@@ -46,18 +48,17 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [B, L, D] of the positions in fp32 (fp64 for an fp64 model), where stock code rounds to its dtype.
 
-    num_positions: of the longest sequence, by which some kinds of RoPE go (`follow_longest`); None: L. Angles are
+    num_positions: of the longest sequence, by which some kinds of RoPE go (`scaled_length`); None: L. Angles are
     products of numbers in fp64. Stock code's are a matrix product in fp32, which TF32 may round: that holds no odd
     position above 2048.
     """
     rotary = llama_model.rotary_emb
     dtype = torch.promote_types(llama_model.norm.weight.dtype, torch.float32)
-    num_positions = num_positions or position_ids_BL.shape[1]
-    follow_longest(rotary, num_positions)
-    if rotary.rope_type == "longrope":  # its own code chooses on the device
-        device = position_ids_BL.device
-        rotary(torch.empty((), device=device), torch.full((1, 1), num_positions - 1, device=device))
-    angles = position_ids_BL[..., None].double() * rotary.inv_freq.to(position_ids_BL.device).double()
+    frequencies = inverse_frequencies(rotary, scaled_length(rotary, num_positions or position_ids_BL.shape[1]))
+    device = position_ids_BL.device
+    if device.type == "cuda" and frequencies.device.type == "cpu":
+        frequencies = frequencies.pin_memory()  # a copy from pageable memory would make the host wait for the device
+    angles = position_ids_BL[..., None].double() * frequencies.to(device, non_blocking=True).double()
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * rotary.attention_scaling).to(dtype), (angles.sin() * rotary.attention_scaling).to(dtype)
 

@@ -28,7 +28,7 @@ from packloop.kernels.decoder_layer import GROUPS, Batch, FusedLayer, decoder_la
 from packloop.kernels.extended_weight import ExtendedWeight
 from packloop.kernels.gated import library_for
 from packloop.kernels.linear_cross_entropy import linear_cross_entropy
-from packloop.kernels.llama_rope import apply_rope, follow_longest, rope_tables
+from packloop.kernels.llama_rope import apply_rope, inverse_frequencies, rope_tables, scaled_length
 from packloop.kernels.lora_linear import Dropout, Lora
 from packloop.kernels.operations import AUTO, Operations
 from packloop.kernels.peft_layers import AdapterWatch, adapter_of, class_path, dropout_of, why_not_plain
@@ -85,10 +85,10 @@ def patched(
         raise ValueError("no LlamaAttention found in the model, so there is nothing to replace")
     for module in (llama.model, *attentions):
         _check_signature(module)
-    frequencies = llama.model.rotary_emb.inv_freq.dtype
+    frequencies = inverse_frequencies(llama.model.rotary_emb, None).dtype
     if frequencies not in (torch.float32, torch.float64):
         raise ValueError(
-            f"rotary_emb.inv_freq is {frequencies}, which loses the angles of far positions; float32 is needed: give "
+            f"RoPE's frequencies are {frequencies}, which loses the angles of far positions; float32 is needed: give "
             "from_pretrained the dtype instead of casting the loaded model"
         )
     if fused:
@@ -228,7 +228,7 @@ class FusedLayers:
         self._watch = AdapterWatch(_linears_of(llama_model))
         self._bare_layers: list[FusedLayer] | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
-        self._frequencies: int | None = None
+        self._scaled_length: int | None = None  # of RoPE in the tables
         norm = llama_model.norm.weight
         self._adapters = AdapterCopies(norm.dtype, norm.device, operations.lora)
         dropouts = (dropout_of(module) for module in _linears_of(llama_model).values())
@@ -293,13 +293,13 @@ class FusedLayers:
     def _rope_tables(self, llama_model: LlamaModel, layout: DocumentLayout, row: int) -> tuple[Tensor, Tensor]:
         """cos and sin [P, D/2] for positions 0 to P - 1, P a multiple of 128; the last call's where these serve."""
         num_positions = layout.num_positions or row
-        frequencies = follow_longest(llama_model.rotary_emb, layout.num_real_positions)
-        if self._tables is None or frequencies != self._frequencies or len(self._tables[0]) < num_positions:
+        length = scaled_length(llama_model.rotary_emb, layout.num_real_positions)
+        if self._tables is None or length != self._scaled_length or len(self._tables[0]) < num_positions:
             positions = torch.arange(-(-num_positions // 128) * 128, device=llama_model.norm.weight.device)[None]
             half = slice(None, llama_model.layers[0].self_attn.head_dim // 2)
             cos, sin = rope_tables(llama_model, positions, layout.num_real_positions)
             self._tables = cos[0, :, half].contiguous(), sin[0, :, half].contiguous()
-            self._frequencies = frequencies
+            self._scaled_length = length
         return self._tables
 
 
