@@ -28,26 +28,40 @@ DEVICE = torch.device("cuda")
 VOCABULARY = 2000
 NUM_STEPS, LEARNING_RATE, CLIP = 20, 2e-3, 1.0
 SLOTS = 1024
+ORIGINAL = 64  # positions of a model before scaling
+ROPE = {
+    "default": {},
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "factor": 2.0,
+        "short_factor": [1.0] * 32,
+        "long_factor": [1.5] * 32,
+        "original_max_position_embeddings": ORIGINAL,
+    },
+}
+
+
+def save_base(directory, **settings):
+    """A random Llama of 3 layers, 8 query and 2 key/value heads of 64, in bf16; scores have a spread of about 1."""
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": SLOTS,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": False,
+    }
+    LlamaForCausalLM(LlamaConfig(**(values | settings))).to(torch.bfloat16).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A random Llama of 3 layers, 8 query and 2 key/value heads of 64, in bf16; scores have a spread of about 1."""
-    torch.manual_seed(0)
-    architecture = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=SLOTS,
-        initializer_range=0.05,
-        tie_word_embeddings=False,
-    )
-    directory = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(architecture).to(torch.bfloat16).save_pretrained(directory)
-    return directory
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 def make_model(base, *, quantization: str, dropout: float = 0.0):
@@ -238,20 +252,28 @@ def test_row04_a_changed_document_changes_no_other(base, attention: str, fused: 
     assert not torch.equal(hidden[0][changed], hidden[1][changed])
 
 
+@pytest.mark.parametrize("rope_type", ROPE)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_step_does_not_stop_the_gpu(base, quantization: str):
-    """Forward and backward of a new micro-batch, from its copy to the device on."""
+def test_a_step_does_not_stop_the_gpu(tmp_path, quantization: str, rope_type: str):
+    """Forward and backward of a new micro-batch, from its copy to the device on, and of RoPE's tables for it."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, **ROPE[rope_type]}
+    base = save_base(tmp_path, max_position_embeddings=ORIGINAL, rope_parameters=rope)
     model, flat = make_model(base, quantization=quantization, dropout=0.1)
     with patched(model, attention="document", fused=True, recompute_layers=1, cached_layers=1) as llama:
 
-        def step() -> None:
-            packed_loss_sum(llama, *to_device(batches()[0], DEVICE)).backward()
+        def step(longest: int) -> None:
+            ids_BL, positions_BL, layout, *labels = to_device(batches()[0], DEVICE)
+            layout = dataclasses.replace(layout, longest_document=longest)  # what frequencies go by, if by anything
+            packed_loss_sum(llama, ids_BL, positions_BL, layout, *labels).backward()
 
-        step()  # compiles, and makes the tables
+        lengths = (ORIGINAL // 2, 2 * ORIGINAL)
+        for longest in lengths:  # compiles, and makes the first tables
+            step(longest)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step()
+            for longest in lengths:
+                step(longest)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert flat.gradient.isfinite().all()
