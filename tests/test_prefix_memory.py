@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from test_data_loader import documents_of, loader_of
 
 from packloop.config import load_config
@@ -11,7 +12,7 @@ from packloop.data import layout, prefix
 from packloop.data.layout import most_shared_slots
 from packloop.data.prefix import CommonPrefix
 from packloop.engine.planner import layout as planned_layout
-from packloop.engine.planner.layout import arrangement, epochs_looked_through, largest_micro
+from packloop.engine.planner.layout import arrangement, epochs_looked_through, largest_micro, typical_micro
 
 
 @pytest.mark.parametrize(
@@ -85,3 +86,15 @@ def test_with_a_document_a_pack_memory_is_planned_for_the_longest(
         assert planned == max(sizes)
     else:  # what a second template would save is not in it
         assert planned <= max(sizes) + 8
+
+
+def test_with_a_document_a_pack_the_typical_micro_batch_is_of_median_size():
+    lengths = [*range(20, 60), 400]
+    documents = documents_of(*[range(10, 10 + n) for n in lengths])
+    loader = loader_of(documents, "none", max_length=500, per_device_batch_size=4, seed=1)
+    packs, micro_batches = loader.micro_batches(0)
+    sizes = sorted(int(packs.pack_tokens[numbers].sum()) for numbers in micro_batches)
+    assert len(sizes) == 11
+    assert sizes[0] < typical_micro("none", loader).num_real_tokens == sizes[5] < sizes[-1]
+    loader = loader_of(documents, "bfd", max_length=500, per_device_batch_size=4, seed=1)
+    assert torch.equal(typical_micro("bfd", loader).input_ids, loader.next_window()[0].input_ids)

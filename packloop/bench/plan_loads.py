@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from packloop.config import RunConfig
 from packloop.data.loader import Batch, PackLoader, TrainingData
-from packloop.engine.planner.layout import LayoutChoice, arrangement, choose_layout, largest_micro
+from packloop.engine.planner.layout import LayoutChoice, arrangement, choose_layout, largest_micro, typical_micro
 from packloop.engine.planner.search import accumulation_of
 from packloop.engine.planner.time import Load
 
@@ -40,11 +40,11 @@ class Loads:
             shuffle=config.data.shuffle,
             pad_token_id=pad_token_id,
         )
-        self._average, self._first = cache(self._average), cache(self._first)
+        self._average, self._typical = cache(self._average), cache(self._typical)
 
     def layout(self, batch: int, usable: Sequence[str]) -> LayoutChoice:
         """What micro-batches of that many packs make of padding and beginnings. usable: as of `choose_layout`."""
-        return choose_layout(self._config, self._first(batch), usable, on_gpu=True)
+        return choose_layout(self._config, self._typical(batch), usable, on_gpu=True)
 
     def of(self, batch: int, attention: str, usable: Sequence[str] | None = None) -> Load:
         """The average micro-batch of that many packs under that attention. usable: None where settings name it."""
@@ -72,8 +72,8 @@ class Loads:
         most_slots = largest_micro(config, self._of_size(batch)).num_slots
         return replace(found, most_slots=most_slots, prefix_tokens=prefix_tokens)
 
-    def _first(self, batch: int) -> Batch:
-        return self._micros(batch, 1)[0]
+    def _typical(self, batch: int) -> Batch:
+        return typical_micro(self._config.data.packing, self._of_size(batch))
 
     def _micros(self, batch: int, most_packs: int) -> list[Batch]:
         """Of the first epoch, as packed: all but its last, which may be smaller, and no more packs than that, about."""

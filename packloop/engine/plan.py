@@ -17,7 +17,7 @@ from packloop.data.loader import Batch, PackLoader
 from packloop.engine.batch import to_device
 from packloop.engine.budget import check_budget
 from packloop.engine.memory import enforce_budget, plan_memory
-from packloop.engine.planner.layout import choose_layout, first_micro, largest_micro, why_not_as_asked
+from packloop.engine.planner.layout import choose_layout, largest_micro, typical_micro, why_not_as_asked
 from packloop.engine.planner.policy import MemoryPlan, count_layers
 from packloop.engine.planner.shape import heads_of
 from packloop.errors import ConfigError
@@ -138,7 +138,7 @@ def _resolve_memory(
 
 def _resolve_layout(config: RunConfig, model: nn.Module, loader: PackLoader, device: torch.device) -> dict[str, str]:
     """kernels.attention, padding and prefix_reuse: documents lie end to end where the attention that is taken can."""
-    micro, named = first_micro(loader), config.kernels.attention
+    micro, named = typical_micro(config.data.packing, loader), config.kernels.attention
     dtype, head_dim = getattr(torch, config.model.dtype), heads_of(model.config)[2]
     reasons = usable_backends(is_packed=True, dtype=dtype, device=device, head_dim=head_dim)
     usable = [name for name, reason in reasons.items() if reason is None and named in ("auto", name)]
@@ -157,7 +157,7 @@ def _resolve_attention(
     try:
         name, why = choose_backend(
             config.kernels.attention,
-            # The first micro-batch of bfd may happen to have a document a row.
+            # A micro-batch of bfd may happen to have a document a row.
             is_packed=layout.is_packed or config.data.packing == "bfd",
             dtype=getattr(torch, config.model.dtype),
             device=device,

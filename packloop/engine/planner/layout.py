@@ -11,7 +11,7 @@ import numpy as np
 from packloop.config import KernelsConfig, RunConfig
 from packloop.data.layout import as_packed, most_shared_slots, share_prefixes, without_padding
 from packloop.data.loader import Batch, PackLoader
-from packloop.data.packing import Packs
+from packloop.data.packing import Packing, Packs
 from packloop.kernels.attention import FLAT, SHARING
 
 # Of a longer run not all packs are looked through, which would take about a second: memory is planned for with padding.
@@ -45,7 +45,7 @@ class LayoutChoice:
 def choose_layout(config: RunConfig, micro: Batch, usable: Collection[str], *, on_gpu: bool) -> LayoutChoice:
     """Documents lie end to end, behind what they begin with in common, where that is asked for or worth it.
 
-    micro: the run's first micro-batch, as packed. usable: attentions that can run, one alone where it is named.
+    micro: the run's `typical_micro`. usable: attentions that can run, one alone where it is named.
     """
     kernels, packing = config.kernels, config.data.packing
     rows = LayoutChoice(drops_padding=False, shares_beginnings=False, among=None)
@@ -103,12 +103,14 @@ def arrangement(kernels: KernelsConfig) -> Callable[[Batch], Batch]:
     return without_padding if kernels.padding == "drop" else as_packed
 
 
-def first_micro(loader: PackLoader) -> Batch:
-    """The micro-batch that comes next, as packed; the loader's position is left as it was."""
-    position = loader.state()
-    micro = loader.next_window()[0]
-    loader.load_state(position)
-    return micro
+def typical_micro(packing: Packing, loader: PackLoader) -> Batch:
+    """A micro-batch to judge by, as packed: the first, or, where a pack is a document, one of median size."""
+    packs, micro_batches = loader.micro_batches(0)
+    if packing == "none":
+        tokens = packs.pack_tokens
+        micro_batches = sorted(filter(len, micro_batches), key=lambda numbers: tokens[numbers].sum())
+        return loader.make(packs, micro_batches[len(micro_batches) // 2])
+    return loader.make(packs, micro_batches[0])
 
 
 def largest_micro(config: RunConfig, loader: PackLoader) -> Batch:
