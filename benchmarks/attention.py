@@ -26,8 +26,8 @@ from torch import Tensor
 
 from packloop.kernels import flash_attention, reference
 from packloop.kernels.attention import Attention, DifferentiatedAttention, DocumentLayout, load_backend
-from packloop.kernels.document_attention import BackwardTiles, DocumentAttention, Rotation, Tiles
-from packloop.kernels.rope import rope_
+from packloop.kernels.document_attention import BackwardTiles, DocumentAttention, Tiles
+from packloop.kernels.rope import Rotation, rope_
 
 NUM_SLOTS, ROW = 16384, 2048
 LAPS, WARMUP = 20, 3

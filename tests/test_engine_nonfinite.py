@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from packloop.config import RunConfig, load_config
 from packloop.data.loader import PackLoader, build_data
 from packloop.engine.batch import Windows
-from packloop.engine.loop import NonFiniteError, train, train_step
+from packloop.engine.loop import train, train_step
 from packloop.engine.model import load_model, load_tokenizer
+from packloop.engine.nonfinite import NonFiniteError
 from packloop.engine.optim import AdamW, FlatParameters
 from packloop.kernels.patch import patched
 

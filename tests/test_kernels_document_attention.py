@@ -20,12 +20,12 @@ from packloop.kernels.attention import DocumentLayout
 from packloop.kernels.document_attention import (
     BackwardTiles,
     DocumentAttention,
-    Rotation,
     Tiles,
     plan_documents,
     plan_keys,
     plan_queries,
 )
+from packloop.kernels.rope import Rotation
 
 SCALE = 0.11
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")

@@ -27,7 +27,7 @@ from torch import Tensor
 from packloop.bench.results import Ceilings, Flops
 from packloop.config import LoraConfig, RunConfig
 from packloop.data.loader import Batch
-from packloop.engine.plan import count_layers
+from packloop.engine.planner.policy import count_layers
 from packloop.engine.planner.shape import heads_of
 from packloop.gpus import find_gpu
 

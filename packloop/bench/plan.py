@@ -14,7 +14,7 @@ from packloop.bench.synthetic import shape_config
 from packloop.config import KernelsConfig, ModelConfig, RunConfig
 from packloop.data.loader import build_data
 from packloop.engine.budget import GIB, settle_budget
-from packloop.engine.model import check_trainable, load_tokenizer, resolve_name
+from packloop.engine.model import check_architecture, load_tokenizer, resolve_name
 from packloop.engine.planner.layout import why_not_as_asked
 from packloop.engine.planner.policy import MemoryPlan, count_layers
 from packloop.engine.planner.rates import ATTENTION_RATES
@@ -200,12 +200,7 @@ def _sources(config: RunConfig, synthetic: str | None) -> tuple[RunConfig, Llama
             f"model.name_or_path={config.model.name_or_path!r}: its configuration cannot be read ({reason}); "
             "give a local directory, a Hub name that this machine can reach, or a shape with --synthetic"
         ) from error
-    if not isinstance(architecture, LlamaConfig):
-        raise InputError(
-            f"model.name_or_path={config.model.name_or_path!r} is of type {architecture.model_type!r}; "
-            "a Llama model is needed"
-        )
-    check_trainable(architecture, config.model)
+    check_architecture(architecture, config.model, trains=True)
     return config, architecture, []
 
 

@@ -17,8 +17,7 @@ from packloop.config import ModelConfig, RunConfig
 from packloop.data.loader import build_data
 from packloop.engine.budget import is_out_of_memory
 from packloop.engine.model import load_base, load_tokenizer
-from packloop.engine.plan import count_layers
-from packloop.engine.planner.policy import MemoryPlan
+from packloop.engine.planner.policy import MemoryPlan, count_layers
 from packloop.engine.planner.search import Candidate, Search
 from packloop.engine.planner.shape import ModelShape
 from packloop.engine.planner.time import Load

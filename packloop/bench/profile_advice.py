@@ -11,7 +11,7 @@ from packloop.bench import kernel_classes as classes
 from packloop.bench.breakdown import RECOMPUTATION, Part
 from packloop.bench.results import Record
 from packloop.config import RunConfig
-from packloop.engine.plan import count_layers
+from packloop.engine.planner.policy import count_layers
 
 # A setting that would save less than this share of the step is not worth naming.
 WORTHWHILE = 0.02

@@ -30,7 +30,7 @@ from packloop.bench.shapes import check_shape
 from packloop.bench.steps import Job, memory_figures, synchronize
 from packloop.config import RunConfig
 from packloop.engine.budget import is_out_of_memory, lift_limit, limit_memory
-from packloop.engine.plan import count_layers
+from packloop.engine.planner.policy import count_layers
 from packloop.engine.run import set_numerics
 from packloop.errors import ConfigError, InputError, OutOfMemoryError
 from packloop.kernels.patch import why_not_fused

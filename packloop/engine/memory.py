@@ -24,9 +24,10 @@ from packloop.engine.planner.policy import LayerCosts, MemoryPlan, Price, choose
 from packloop.engine.planner.shape import ModelShape
 from packloop.errors import OutOfMemoryError
 from packloop.kernels.activation_bytes import activation_bytes
+from packloop.kernels.attention import load_backend
 from packloop.kernels.decoder_layer import FusedLayer, decoder_layer
 from packloop.kernels.operations import AUTO, Operations
-from packloop.kernels.patch import FusedLayers, find_llama, load_backend, packed_loss_sum, patched
+from packloop.kernels.patch import FusedLayers, find_llama, packed_loss_sum, patched
 
 T = TypeVar("T")
 

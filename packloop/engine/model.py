@@ -56,13 +56,7 @@ def load_base(config: ModelConfig, device: torch.device, *, trains: bool = False
     """
     dtype = getattr(torch, config.dtype)
     architecture: PretrainedConfig = _load(AutoConfig, "config", config)
-    if architecture.model_type != "llama":
-        raise InputError(
-            f"model.name_or_path={config.name_or_path!r} is of type {architecture.model_type!r}; "
-            "a Llama model is needed"
-        )
-    if trains:
-        check_trainable(architecture, config)
+    check_architecture(architecture, config, trains=trains)
     # Llama 2's early checkpoints ask for tensor-parallel slices of the linear layers: slower, other numerics, no NF4.
     architecture.pretraining_tp = 1
     quantization = None
@@ -93,9 +87,14 @@ def load_base(config: ModelConfig, device: torch.device, *, trains: bool = False
     return model.requires_grad_(False)
 
 
-def check_trainable(architecture: PretrainedConfig, config: ModelConfig) -> None:
-    """InputError for a model whose attention has dropout, which training would leave out."""
-    if architecture.attention_dropout:
+def check_architecture(architecture: PretrainedConfig, config: ModelConfig, *, trains: bool) -> None:
+    """InputError for a model that is no Llama, or that `trains` and has attention dropout, which would be left out."""
+    if architecture.model_type != "llama":
+        raise InputError(
+            f"model.name_or_path={config.name_or_path!r} is of type {architecture.model_type!r}; "
+            "a Llama model is needed"
+        )
+    if trains and architecture.attention_dropout:
         raise InputError(
             f"model.name_or_path={config.name_or_path!r}: its config.json has "
             f"attention_dropout={architecture.attention_dropout}, and no attention here has dropout; "

@@ -62,15 +62,16 @@ def job(tmp_path_factory) -> RunConfig:
 
 def planned(config: RunConfig, plan: MemoryPlan) -> RunConfig:
     """The same run with the numbers of layers given."""
-    return parsed(
+    return changed(
         config,
         train={"gradient_checkpointing": plan.recompute_layers},
         kernels={"dequant_cache": plan.cached_layers, "keep_inputs": plan.keep_inputs_layers},
     )
 
 
-def parsed(config: RunConfig, **sections: dict) -> RunConfig:
-    values = {name: getattr(config, name).model_copy(update=changed) for name, changed in sections.items()}
+def changed(config: RunConfig, **sections: dict) -> RunConfig:
+    """The same run with these settings."""
+    values = {name: getattr(config, name).model_copy(update=settings) for name, settings in sections.items()}
     return config.model_copy(update=values)
 
 
@@ -88,7 +89,7 @@ def counted_bytes(config: RunConfig, run_dir, **options) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_optimizer", make_and_look)
-        loop.train(parsed(config, train={"output_dir": str(run_dir)}), **options)
+        loop.train(changed(config, train={"output_dir": str(run_dir)}), **options)
     assert paged[0] > 0
     return torch.cuda.max_memory_reserved() + paged[0]
 
@@ -117,7 +118,7 @@ def least_and_most(job, tmp_path_factory) -> tuple[int, int]:
 def test_auto_stays_under_its_budget_and_uses_it(job, least_and_most, tmp_path, share):
     least, most = least_and_most
     budget = least + share * (most - least)
-    config = parsed(job, train={"memory_budget_gib": budget / GIB})
+    config = changed(job, train={"memory_budget_gib": budget / GIB})
     counted = counted_bytes(config, tmp_path / "run")
     print(f"budget {budget / GIB:.2f} GiB, counted {counted / GIB:.2f} GiB, {chosen(tmp_path / 'run')}")
     assert len(read_steps(tmp_path / "run")) == NUM_STEPS
@@ -129,7 +130,7 @@ def test_auto_stays_under_its_budget_and_uses_it(job, least_and_most, tmp_path, 
 
 def test_what_auto_chose_is_kept_by_a_resume_that_measures_nothing(job, least_and_most, tmp_path, monkeypatch):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    config = parsed(job, train={"memory_budget_gib": sum(least_and_most) / 2 / GIB})
+    config = changed(job, train={"memory_budget_gib": sum(least_and_most) / 2 / GIB})
     counted = counted_bytes(config, whole)
     plan = chosen(whole)
     shutil.copytree(whole, resumed)
@@ -151,7 +152,7 @@ def run_command(config: RunConfig, directory, monkeypatch, capsys, *options: str
     """(exit code, what it said on stderr) of `packloop train`."""
     gc.collect()
     torch.cuda.empty_cache()
-    (directory / "config.yaml").write_text(dump_config(parsed(config, train={"output_dir": str(directory / "run")})))
+    (directory / "config.yaml").write_text(dump_config(changed(config, train={"output_dir": str(directory / "run")})))
     monkeypatch.setattr(sys, "argv", ["packloop", "train", str(directory / "config.yaml"), *options])
     code = 0
     try:
@@ -169,7 +170,7 @@ def rows_of(table: str) -> dict[str, float]:
 
 
 def test_a_budget_below_the_model_is_exit_code_3(job, tmp_path, monkeypatch, capsys):
-    code, said = run_command(parsed(job, train={"memory_budget_gib": 0.02}), tmp_path, monkeypatch, capsys)
+    code, said = run_command(changed(job, train={"memory_budget_gib": 0.02}), tmp_path, monkeypatch, capsys)
     assert code == 3
     assert "train.memory_budget_gib=0.02 does not hold the model" in said
     assert list(rows_of(said)) == ["frozen weights", "adapter, its gradient", "optimizer state", "allowed"]
@@ -180,7 +181,7 @@ def test_a_budget_below_the_smallest_plan_is_exit_code_3_and_its_advice_works(
     job, least_and_most, tmp_path, monkeypatch, capsys
 ):
     least, _ = least_and_most
-    code, said = run_command(parsed(job, train={"memory_budget_gib": least / 2 / GIB}), tmp_path, monkeypatch, capsys)
+    code, said = run_command(changed(job, train={"memory_budget_gib": least / 2 / GIB}), tmp_path, monkeypatch, capsys)
     assert code == 3, said
     rows = rows_of(said)
     print(said)
@@ -190,7 +191,7 @@ def test_a_budget_below_the_smallest_plan_is_exit_code_3_and_its_advice_works(
     assert "a higher train.memory_budget_gib" in said
     assert "a lower train.per_device_train_batch_size" in said
     less = {"per_device_train_batch_size": 1, "memory_budget_gib": least / 2 / GIB}
-    code, said = run_command(parsed(job, train=less), tmp_path, monkeypatch, capsys)
+    code, said = run_command(changed(job, train=less), tmp_path, monkeypatch, capsys)
     assert code == 0, said
 
 
@@ -200,11 +201,11 @@ def test_a_step_that_finds_no_room_is_exit_code_3_and_resume_takes_what_is_advis
     """Settings by hand, so that nothing is measured beforehand: it is the first step of a resumed run that fails."""
     least, most = least_and_most
     roomy = planned(job, LARGEST)
-    code, said = run_command(parsed(roomy, train={"max_steps": NUM_STEPS}), tmp_path, monkeypatch, capsys)
+    code, said = run_command(changed(roomy, train={"max_steps": NUM_STEPS}), tmp_path, monkeypatch, capsys)
     assert code == 0, said
     shutil.rmtree(tmp_path / "run/checkpoints/step-000006")
     tight = {"memory_budget_gib": (least + 0.3 * (most - least)) / GIB}
-    code, said = run_command(parsed(roomy, train=tight), tmp_path, monkeypatch, capsys, "--resume", "latest")
+    code, said = run_command(changed(roomy, train=tight), tmp_path, monkeypatch, capsys, "--resume", "latest")
     assert code == 3, said
     rows = rows_of(said)
     print(said)
@@ -214,7 +215,7 @@ def test_a_step_that_finds_no_room_is_exit_code_3_and_resume_takes_what_is_advis
     assert "use train.gradient_checkpointing=all, or kernels.dequant_cache=none" in said
     assert "also with --resume" in said
     code, said = run_command(
-        parsed(planned(job, SMALLEST), train=tight), tmp_path, monkeypatch, capsys, "--resume", "latest"
+        changed(planned(job, SMALLEST), train=tight), tmp_path, monkeypatch, capsys, "--resume", "latest"
     )
     assert code == 0, said
     assert [values["step"] for values in read_steps(tmp_path / "run")] == list(range(1, NUM_STEPS + 1))
