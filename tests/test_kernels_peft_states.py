@@ -154,6 +154,19 @@ def change_dropout(model) -> None:
     model.base_model.model.model.layers[1].mlp.up_proj.lora_dropout["default"] = torch.nn.Dropout(0.2)
 
 
+def change_probability(model) -> None:
+    model.base_model.model.model.layers[1].mlp.up_proj.lora_dropout["default"].p = 0.2
+
+
+def replace_dropouts(model) -> None:
+    up_proj = model.base_model.model.model.layers[1].mlp.up_proj
+    up_proj.lora_dropout = torch.nn.ModuleDict({"default": torch.nn.Dropout(0.2)})
+
+
+def replace_scaling(model) -> None:
+    model.base_model.model.model.layers[1].mlp.up_proj.scaling = {"default": 3.0}
+
+
 def change_scaling(model) -> None:
     model.base_model.model.model.layers[1].mlp.up_proj.scale_layer(2.0)
 
@@ -188,6 +201,9 @@ def change_weight(linear) -> None:
         (merge, rf"{LAYER}'s is merged into the base"),
         (change_base, r"layers\.1\.mlp\.up_proj has another base weight"),
         (change_dropout, r"layers\.1\.mlp\.up_proj has another dropout"),
+        (change_probability, r"layers\.1\.mlp\.up_proj has another dropout"),
+        (replace_dropouts, r"layers\.1\.mlp\.up_proj has another dropout"),
+        (replace_scaling, r"layers\.1\.mlp\.up_proj has another scaling"),
         (change_scaling, r"layers\.1\.mlp\.up_proj has another scaling"),
         (change_adapter, rf"{LAYER} has another active adapter"),
         (replace_adapter, rf"{LAYER} has another adapter weight"),
@@ -203,6 +219,17 @@ def test_a_change_inside_the_context_is_refused(change, what):
         with pytest.raises(ValueError, match=rf"kernels\.layer=fused: .*{what}.* use kernels\.layer=stock") as caught:
             packed_loss_sum(llama, *packed())
     assert "\n" not in str(caught.value)
+
+
+def test_other_objects_that_amount_to_the_same_are_no_change():
+    model = adapted()
+    with patched(model, attention="sdpa", fused=True) as llama:
+        before = packed_loss_sum(llama, *packed())
+        up_proj = model.base_model.model.model.layers[1].mlp.up_proj
+        up_proj.scaling = {"default": float(str(up_proj.scaling["default"]))}
+        up_proj.lora_dropout["default"] = torch.nn.Identity()
+        model.base_model.set_adapter(["default"])
+        assert packed_loss_sum(llama, *packed()) == before
 
 
 def test_new_values_in_the_same_parameters_are_followed():
