@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_job import small_config
 
 from packloop.bench.synthetic import random_model, shape_config
-from packloop.engine import budget
+from packloop.engine import budget, loop
+from packloop.engine.loop import train
 from packloop.engine.memory import enforce_budget
-from packloop.errors import ConfigError, OutOfMemoryError
+from packloop.errors import ConfigError, InputError, OutOfMemoryError
 
 GIB = 2**30
 GPU = torch.device("cuda")
@@ -107,3 +109,17 @@ def test_a_model_that_is_in_place_already_must_fit(fractions, model):
         enforce_budget(model, 12.0, 3 * GIB, GPU)
     enforce_budget(model, None, 3 * GIB, GPU)
     enforce_budget(model, 0.1, 0, torch.device("cpu"))
+
+
+def test_a_runs_limit_ends_with_the_run(small_base, small_rows, tmp_path, monkeypatch):
+    """For another run in the same process, whose budget is all of the GPU. On a GPU: tests/gpu/test_gpu_memory.py."""
+    lifted = []
+    monkeypatch.setattr(loop, "lift_limit", lambda: lifted.append(True))
+    train(small_config(small_base, small_rows, tmp_path / "free", train={"max_steps": 1}))
+    assert lifted == []
+    limited = small_config(small_base, small_rows, tmp_path / "run", train={"max_steps": 1, "memory_budget_gib": 5.0})
+    train(limited)
+    assert lifted == [True]
+    with pytest.raises(InputError, match="is not empty"):
+        train(limited)
+    assert lifted == [True] * 2

@@ -40,6 +40,7 @@ from packloop.engine.batch import Micro
 from packloop.engine.budget import check_budget, is_out_of_memory
 from packloop.engine.model import load_base, load_tokenizer
 from packloop.engine.run import set_numerics
+from packloop.engine.vocabulary import check_rows, fit_padding
 from packloop.errors import InputError, OutOfMemoryError
 
 OUT_OF_MEMORY = 3
@@ -61,7 +62,9 @@ class Subject:
     device: torch.device
 
     def data(self, config: RunConfig) -> TrainingData:
-        return build_data(config.data, self.tokenizer, seed=config.train.seed)
+        data = build_data(config.data, self.tokenizer, seed=config.train.seed)
+        check_rows(data, self.tokenizer, self.base.config.vocab_size)
+        return data
 
 
 Made = TypeVar("Made")
@@ -92,11 +95,12 @@ def load_subject(config: RunConfig, synthetic: str | None, tokenizer: str | None
             double_quant=config.model.double_quant,
         )
         shape = synthetic if synthetic in SHAPES else Path(synthetic).name
-    if len(made) > base.config.vocab_size:
+    if source is not None and len(made) > base.config.vocab_size:
         raise InputError(
-            f"the tokenizer {source or config.model.name_or_path!r} has {len(made)} tokens and the model "
+            f"the tokenizer {source!r} has {len(made)} tokens and the model "
             f"{base.config.vocab_size}; use --tokenizer bundled or that of the model"
         )
+    fit_padding(made, base.config.vocab_size)
     return Subject(shape, base.config, base, made, device)
 
 

@@ -17,6 +17,7 @@ from packloop.config import RunConfig
 from packloop.data.tokenize import decode_response, encode_prompt
 from packloop.engine.finished_run import ADAPTER_FILE, FinishedRun, load_run_tokenizer, open_run
 from packloop.engine.model import load_base
+from packloop.engine.vocabulary import check_prompts
 from packloop.errors import InputError
 from packloop.kernels.patch import find_llama
 
@@ -39,13 +40,14 @@ def generate_texts(
     temperature, top_p: used with `do_sample`; no other filter is applied. seed: of a random stream of this call's own;
     the same seed and batch size give the same texts. on_batch: called with the number of prompts just finished. Leaves
     the model's modes, `use_cache`, generation settings and torch's random state as they were. Raises InputError for a
-    prompt that leaves no room for `max_new_tokens` among the model's positions.
+    prompt that leaves no room for `max_new_tokens` among the model's positions, or has tokens that it lacks.
     """
     llama = find_llama(model)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_prompts(prompt_ids, tokenizer, llama.config.vocab_size)
     _check_room(prompt_ids, max_new_tokens, llama.config.max_position_embeddings)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
-    padding_id = _padding_id(tokenizer)
+    padding_id = _padding_id(tokenizer, llama.config.vocab_size)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         use_cache=True,
@@ -134,10 +136,10 @@ def _check_room(prompt_ids: Sequence[Sequence[int]], max_new_tokens: int, num_po
             )
 
 
-def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token for masked slots. Many tokenizers pad with EOS, in which a text's end could not be told from padding."""
+def _padding_id(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    """A token of the model's for masked slots. Many tokenizers pad with EOS; a text's end would look like padding."""
     for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0):
-        if token_id is not None and token_id != tokenizer.eos_token_id:
+        if token_id is not None and token_id != tokenizer.eos_token_id and token_id < vocabulary:
             return token_id
     return 1
 

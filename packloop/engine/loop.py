@@ -18,6 +18,7 @@ from packloop.config import RunConfig, dump_config
 from packloop.data.loader import eval_batches
 from packloop.engine import schedule
 from packloop.engine.batch import Micro
+from packloop.engine.budget import lift_limit
 from packloop.engine.checkpoint import capture_rng, disk_errors, save_checkpoint, set_newer_aside
 from packloop.engine.environment import describe_environment
 from packloop.engine.evaluate import evaluate
@@ -83,6 +84,7 @@ def train_step(
         loss_sum = packed_loss_sum(llama, *micro.inputs)
         loss_sum.backward()
         losses.append(loss_sum.detach())
+        micro.layout.drop_masks()  # memory is planned for those of one micro-batch
     counts = torch.tensor(
         [
             sum(micro.batch.num_label_tokens for micro in micros),
@@ -128,12 +130,15 @@ def train(
     valid.
     """
     account = MemoryAccount(config)
-    with account.explain_exhaustion():
-        try:
+    try:
+        with account.explain_exhaustion():
             return _train(config, resume, on_step, account)
-        except NonFiniteError as error:
-            remedy = after_divergence(Path(config.train.output_dir), resume)
-            raise NonFiniteError(f"{error}; {remedy}") from error
+    except NonFiniteError as error:
+        remedy = after_divergence(Path(config.train.output_dir), resume)
+        raise NonFiniteError(f"{error}; {remedy}") from error
+    finally:
+        if account.config.train.memory_budget_gib is not None:
+            lift_limit()  # the budget is this run's, not the process's
 
 
 def _train(

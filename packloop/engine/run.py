@@ -28,6 +28,8 @@ from packloop.engine.planner.layout import arrangement
 from packloop.engine.run_dir import config_for_resume, load_trained_tensors
 from packloop.engine.state import TrainState
 from packloop.engine.trackers import check_trackers
+from packloop.engine.vocabulary import check_rows, fit_padding
+from packloop.kernels.patch import find_llama
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,9 @@ def prepare_run(config: RunConfig, resume: str | None, account: MemoryAccount) -
     state.bind(data.train)
     set_seed(config.train.seed)  # every rank draws the same adapter
     model = load_model(config.model, config.lora, accelerator.device)
+    vocabulary = find_llama(model).config.vocab_size
+    check_rows(data, tokenizer, vocabulary)
+    fit_padding(tokenizer, vocabulary)
     flat = FlatParameters(model)
     optimizer = make_optimizer(config, flat)
     account.model, account.paged_bytes = model, optimizer.paged_bytes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -49,12 +48,17 @@ class DocumentLayout:
         """Positions of real tokens lie below it."""
         return self.longest_document or self.max_seqlen
 
-    @cached_property
+    @property
     def mask_B1LL(self) -> Tensor:
         """bool [B, 1, L, L], True where a query (row) may see a key (column).
 
         That is one of the same document, not later, or of the one that holds the query's document's first tokens.
         """
+        if ("mask",) not in self.made:
+            self.made[("mask",)] = self._mask_B1LL()
+        return self.made[("mask",)]
+
+    def _mask_B1LL(self) -> Tensor:
         ids = self.document_ids_BL
         same = ids[:, None, :, None] == ids[:, None, None, :]
         seen = same & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
@@ -71,6 +75,11 @@ class DocumentLayout:
             hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.document_ids_BL.device)
             self.made["bias", dtype] = torch.zeros_like(hidden).where(self.mask_B1LL, hidden)
         return self.made["bias", dtype]
+
+    def drop_masks(self) -> None:
+        """Frees what grows with the square of a row; whoever asks for it has it made anew."""
+        for key in [key for key in self.made if key[0] in ("mask", "bias")]:
+            del self.made[key]
 
 
 class Attention(Protocol):
