@@ -59,7 +59,7 @@ CASES = {
     "qv-liger": Case(
         ours=f"{_QV} --batch 12",
         peers={
-            "trl": f"{_QV} --batch 8 {_LIGER} --no-checkpointing",
+            "trl": f"{_QV} --batch 16 {_LIGER} --no-checkpointing",
             "unsloth": f"{_QV} --batch 8 --no-checkpointing",
         },
         bound=1.2,
@@ -92,7 +92,7 @@ CASES = {
     "cap22-qv": Case(
         ours=f"{_QV} --batch 2 --memory-cap-gib 22",
         peers={
-            "trl": f"{_QV} --batch 2 {_LIGER} --no-checkpointing --memory-cap-gib 22",
+            "trl": f"{_QV} --batch 16 {_LIGER} --checkpointing --memory-cap-gib 22",
             "unsloth": f"{_QV} --batch 2 --no-checkpointing --memory-cap-gib 22",
         },
         bound=1.15,
