@@ -35,7 +35,8 @@ from benchmarks.peers.sweep import best_batches
 # What a dry run changes: later options win over earlier ones.
 _DRY_SHARED = "--length 64 --batch 1 --steps 1 --warmup 1"
 _DRY_TRL = "--attention sdpa"
-_RECOMPUTING = ", recomputing"
+# A peer's side in a sweep that does otherwise than its case, and the option by which it does.
+_OTHERWISE = {", recomputing": "--checkpointing", ", not recomputing": "--no-checkpointing"}
 _REHEARSAL = "rehearsal"
 
 
@@ -70,7 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sweep", type=_batches, metavar="B,B,...", help="try these batches instead of taking turns")
     parser.add_argument("--sweep-side", choices=("A", "B"), help="only this side; default both")
     parser.add_argument(
-        "--checkpointing-too", action="store_true", help="in a sweep, the peer with recomputation as well"
+        "--checkpointing-too", action="store_true", help="in a sweep, the peer with and without recomputation"
     )
     parser.add_argument("--timeout-s", type=float, default=240, help="for each side's start and for each turn")
     parser.add_argument("--commit", help="of this source, where git cannot tell")
@@ -146,8 +147,8 @@ class Comparison:
     def _sweep_turns(self) -> list[tuple[str, str, list[str]]]:
         sides = [self.arguments.sweep_side] if self.arguments.sweep_side else ["A", "B"]
         recomputes = "--checkpointing" in shlex.split(self.case.peers[self.peer])
-        if "B" in sides and self.arguments.checkpointing_too and not recomputes:
-            sides.append("B" + _RECOMPUTING)
+        if "B" in sides and self.arguments.checkpointing_too:
+            sides.append("B, not recomputing" if recomputes else "B, recomputing")
         turns = [(side, side, ["--batch", str(batch)]) for side in sides for batch in self.arguments.sweep]
         return self._rehearsed(turns)
 
@@ -167,7 +168,7 @@ class Comparison:
             print(describe({"turn": turn, **row}), flush=True)
             return
         if self.arguments.sweep:
-            turn = side.who + (_RECOMPUTING if turn.endswith(_RECOMPUTING) else "")
+            turn = side.who + turn.removeprefix("A").removeprefix("B")
             row["batch"] = int(options[-1])
         self.rows.append({"turn": turn, **row})
         print(describe(self.rows[-1]), flush=True)
@@ -216,13 +217,14 @@ class Comparison:
         who = {"trl": "TRL + Liger" if "--liger" in words else "TRL", "unsloth": "Unsloth"}[self.peer]
         if reason := self._why_not() or self._write_checkpoint():
             return AbsentProcess(who, reason)
-        return self._process(who, [*words, "--checkpointing"] if side.endswith(_RECOMPUTING) else words)
+        return self._process(who, words, side.removeprefix("B"))
 
-    def _process(self, who: str, words: list[str]) -> LiveProcess:
+    def _process(self, who: str, words: list[str], otherwise: str = "") -> LiveProcess:
         variables = environment()
+        words += [_OTHERWISE[otherwise]] if otherwise else []
         if self.is_dry and words[0] == PEERS["trl"]:  # its head is a Triton kernel, which a CPU can only interpret
             variables["TRITON_INTERPRET"] = "1"
-        name = f"{self.name}-{words[0].rpartition('.')[2]}" + "-recomputing" * (words[-1] == "--checkpointing")
+        name = f"{self.name}-{words[0].rpartition('.')[2]}" + otherwise.replace(", ", "-").replace(" ", "-")
         return LiveProcess(who, words, name=name, work=self.work, timeout_s=self.arguments.timeout_s, env=variables)
 
     def _shared(self, options: str) -> list[str]:

@@ -200,6 +200,21 @@ def test_driver_writes_rows_cells_and_what_could_not_run(places, tmp_path, capsy
     assert (ours_cell.name, their_cell.name) == ("packloop-batch-1", "not-run")
 
 
+def test_a_sweep_tries_the_peer_with_and_without_recomputation(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(against_peers.Comparison, "_why_not", lambda self: None)
+    for case, other, option in (
+        ("qv-liger", "B, recomputing", "--checkpointing"),
+        ("cap22-qv", "B, not recomputing", "--no-checkpointing"),
+    ):
+        words = ["--sweep", "2", "--sweep-side", "B", "--checkpointing-too", "--peer", "unsloth"]
+        comparison = against_peers.Comparison(case, against_peers.parse(_command(places, tmp_path, case, *words)))
+        assert [side for _, side, _ in comparison._sweep_turns()] == ["B", other]
+        commands = [comparison._side(side)._words for side in ("B", other)]
+        assert commands[1] == [*commands[0], option]
+        opposite = {"--checkpointing", "--no-checkpointing"} - {option}
+        assert opposite <= set(commands[0])
+
+
 def test_the_peer_rehearses_each_batch_once(places, tmp_path):
     def turns(*words: str) -> list[str]:
         arguments = against_peers.parse(_command(places, tmp_path, "qv-liger", "--no-extras", "--rehearse", *words))

@@ -93,7 +93,7 @@ CASES = {
         ours=f"{_QV} --batch 2 --memory-cap-gib 22",
         peers={
             "trl": f"{_QV} --batch 16 {_LIGER} --checkpointing --memory-cap-gib 22",
-            "unsloth": f"{_QV} --batch 2 --no-checkpointing --memory-cap-gib 22",
+            "unsloth": f"{_QV} --batch 16 --checkpointing --memory-cap-gib 22",
         },
         bound=1.15,
         extras=_CAP_EXTRAS,

@@ -21,6 +21,7 @@ from packloop.engine.planner.policy import MemoryPlan, count_layers
 from packloop.engine.planner.search import Candidate, Search
 from packloop.engine.planner.shape import ModelShape
 from packloop.engine.planner.time import Load
+from packloop.engine.vocabulary import check_rows, fit_padding
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.gpus import Gpu
 
@@ -120,6 +121,8 @@ def check_at_hand(forecast: Forecast, *, synthetic: str | None) -> Check:
             dtype=getattr(torch, config.model.dtype),
             double_quant=config.model.double_quant,
         )
+    check_rows(data, tokenizer, base.config.vocab_size)
+    fit_padding(tokenizer, base.config.vocab_size)
     try:
         measured = probe(config, base, data, tokenizer.pad_token_id, timed_steps=2)
     except RuntimeError as error:

@@ -30,6 +30,7 @@ def non_finite(
         for index, micro in enumerate(micros):
             flat.zero_gradient()
             packed_loss_sum(llama, *micro.inputs).backward()
+            micro.layout.drop_masks()
             finite[index] = math.isfinite(flat.gradient.norm().item())
     rows = {row for ok, micro in zip(finite, micros, strict=True) if not ok for row in micro.batch.row_ids}
     where = gather_object([(accelerator.process_index, sorted(rows))])

@@ -34,13 +34,13 @@ def fit_padding(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
 
 def check_rows(data: TrainingData, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
     """InputError for a document, held-out ones included, with a token that the model lacks; it names the row."""
-    for documents in (data.train, data.eval):
+    for what, documents in (("row", data.train), ("held-out row", data.eval)):
         if documents is None:
             continue
         found = np.flatnonzero(documents.token_ids >= vocabulary)
         if found.size:
             document = np.searchsorted(documents.offsets, found[0], side="right") - 1
-            what = f"row {documents.row_ids[document]} of data.source"
+            what = f"{what} {documents.row_ids[document]} (counting from 0)"
             raise InputError(_lacks(what, int(documents.token_ids[found[0]]), tokenizer, vocabulary))
 
 
