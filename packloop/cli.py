@@ -45,6 +45,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
     logging.getLogger("packloop").setLevel(logging.DEBUG if debug else logging.INFO)
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries: what came of them is said in one line
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stdout.isatty() else "1")
         # Notices to those libraries' callers; what a user can act on is checked and said by packloop itself.
         warnings.filterwarnings("ignore", module="peft|transformers")

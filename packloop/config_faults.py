@@ -59,7 +59,13 @@ def _setting_faults(
     """Dotted name -> line, for every fault of one setting."""
     name, fields = f"{section}.{key}", _fields(root, section)
     if key not in fields:
-        elsewhere = [f"{other}.{key}" for other in root.model_fields if key in _fields(root, other)]
+        # `train.checkpoint_every` means checkpoint.every.
+        elsewhere = [
+            f"{other}.{field}"
+            for other in root.model_fields
+            for field in _fields(root, other)
+            if key in (field, f"{other}_{field}")
+        ]
         hint = f"it belongs at {' or '.join(elsewhere)}" if elsewhere else _choice(key, list(fields), f"{section}.")
         return {name: f"{name}={shown(given)}: no such setting; {hint}"}
     annotation = _annotation(fields[key])

@@ -287,6 +287,17 @@ def test_an_output_that_is_a_file_is_refused(results, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_another_directory_is_not_written_into(results, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="is not empty and holds neither report nor results; give a new directory"):
+        write_report([results], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter_config.json"]
+    write_report([results], results)
+    write_report([results], tmp_path / "new")
+    write_report([results], tmp_path / "new")
+
+
 def test_without_matplotlib_the_command_to_install_it_is_named(results, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'packloop\[bench\]'"):

@@ -29,6 +29,7 @@ BAD_OVERRIDES = [
     ("train.dropout=0.1", "train.dropout=0.1: no such setting; it belongs at lora.dropout"),
     ("model.max_length=512", "model.max_length=512: no such setting; it belongs at data.max_length"),
     ("lora.learning_rate=1.0", "lora.learning_rate=1.0: no such setting; it belongs at train.learning_rate"),
+    ("train.checkpoint_every=5", "train.checkpoint_every=5: no such setting; it belongs at checkpoint.every"),
     ("data.every=5", "data.every=5: no such setting; it belongs at checkpoint.every or log.every"),
     ("train.max_steps.x=5", "train.max_steps={'x': 5}: allowed: a whole number of at least 1 or null"),
     ("train=5", "override 'train=5': section.key=value is needed"),

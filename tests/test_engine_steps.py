@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from functools import partial
 
@@ -240,3 +241,19 @@ def test_what_only_fused_layers_keep_is_refused_where_auto_finds_that_they_canno
     with pytest.raises(ConfigError, match=r"^kernels\.keep_inputs=2: only fused .*; use kernels\.keep_inputs=auto$"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("packing", "max_length", "used"), [("wrapped", 200, 200), ("bfd", 96, None)])
+def test_positions_beyond_the_models_are_said(small_base, small_rows, tmp_path, caplog, packing, max_length, used):
+    """The tiny model has 160; packs of `wrapped` go on counting, documents of `bfd` do not reach them."""
+    data = {"packing": packing, "max_length": max_length}
+    with caplog.at_level(logging.WARNING):
+        train(small_config(small_base, small_rows, tmp_path / "run", data=data, train={"max_steps": 1}))
+    assert (f"positions up to {used} are trained on, and the model's config.json has 160" in caplog.text) == bool(used)
+
+
+def test_more_layers_than_there_are_is_all_and_said(small_base, small_rows, tmp_path, caplog):
+    settings = {"max_steps": 1, "gradient_checkpointing": 9}
+    with caplog.at_level(logging.WARNING):
+        train(small_config(small_base, small_rows, tmp_path / "run", train=settings))
+    assert "train.gradient_checkpointing=9: the model has 2 layers, so it is all of them" in caplog.text

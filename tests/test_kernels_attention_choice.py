@@ -97,7 +97,7 @@ def test_head_dims_of_a_capability(name, capability, taken):
 @pytest.mark.parametrize("name", ["document", "flash_attn", "varlen", "flash_attn_4"])
 def test_one_that_is_asked_for_and_cannot_run_is_refused(gpu, head_dim, name):
     if name in ABLE[head_dim]:
-        assert choose_backend(name, **options(head_dim)) == (name, "asked for")
+        assert choose_backend(name, **options(head_dim)) == (name, "as set")
         return
     with pytest.raises(
         ValueError, match=rf"^kernels\.attention={name}: takes heads of .*, this model's have"

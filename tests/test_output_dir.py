@@ -15,7 +15,7 @@ from small_job import fork, read_metrics, read_steps, small_config, wait
 from packloop.engine.checkpoint import find_checkpoint
 from packloop.engine.finished_run import open_run
 from packloop.engine.loop import train
-from packloop.engine.output_dir import check_output_dir
+from packloop.engine.output_dir import Claim, check_output_dir
 from packloop.errors import InputError
 
 SECTIONS = {"train": {"max_steps": 3}, "checkpoint": {"every": 3}}
@@ -175,3 +175,41 @@ def test_a_finished_run_is_offered_to_be_resumed(small_base, small_rows, tmp_pat
     with pytest.raises(InputError, match=r"is not empty; continue the run in it with --resume latest, or choose"):
         train(config)
     assert find_checkpoint(tmp_path / "run", "latest").state.step == 3
+
+
+def test_two_runs_cannot_write_to_one_directory(small_base, small_rows, tmp_path):
+    run_dir, refused = tmp_path / "run", []
+    config = small_config(small_base, small_rows, run_dir, train={"max_steps": 5}, checkpoint={"every": 3})
+
+    def start_another(values: dict) -> None:
+        if values["step"] in (1, 4):  # before the first checkpoint and after it
+            resume = "latest" if values["step"] == 4 else None
+            with pytest.raises(InputError, match=r"^train\.output_dir='.*' is in use by another run of packloop; wait"):
+                train(config, resume=resume)
+            refused.append(values["step"])
+
+    train(config, on_step=start_another)
+    assert refused == [1, 4]
+    assert [step["step"] for step in read_steps(run_dir)] == [1, 2, 3, 4, 5]
+    with Claim(run_dir) as claim:
+        claim.take()
+        with pytest.raises(InputError, match="is in use"):
+            train(config, resume="latest")
+    train(config, resume="latest")
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    def claim_and_die() -> None:
+        claim = Claim(tmp_path)
+        claim.take()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert wait(fork(claim_and_die, tmp_path / "log")) == -signal.SIGKILL
+    with Claim(tmp_path) as claim, Claim(tmp_path) as other, Claim(tmp_path / "not there") as none:
+        claim.take()
+        claim.take()
+        none.take()
+        with pytest.raises(InputError, match="is in use"):
+            other.take()
+    with other:
+        other.take()

@@ -50,6 +50,8 @@ _HOW_TO_READ = [
     "Out of memory, failed and wrong are results too: rows and charts say the reason.",
     "A cell's name leads to its conditions, settings and whole configuration.",
 ]
+# What a directory holds that may be written to though it is not empty: an earlier report, or results.
+_OURS = ("report.md", "matrix.json", "cells")
 # GPUs whose memory is drawn beside the cells': what they are called, and their key in the table of GPUs.
 _CAPACITIES = (("A10G", "a10g"), ("A100 40 GB", "a100-40gb"), ("A100, H100 80 GB", "h100"))
 
@@ -67,6 +69,10 @@ def write_report(
     data: what costs are for. prices: a file of one's own; instances: those of it to show, all without names.
     """
     require_writable(output)
+    if output.is_dir() and any(output.iterdir()) and not any((output / name).exists() for name in _OURS):
+        raise InputError(
+            f"--output {str(output)!r} is not empty and holds neither report nor results; give a new directory"
+        )
     priced = load_prices(prices, instances)
     document = build_report(gather_cells(directories), priced, data, unmeasured_cells(directories))
     output.mkdir(parents=True, exist_ok=True)

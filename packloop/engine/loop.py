@@ -28,6 +28,7 @@ from packloop.engine.model_card import write_adapter_card
 from packloop.engine.nonfinite import NonFiniteError, after_divergence, non_finite
 from packloop.engine.optim import AdamW, FlatParameters
 from packloop.engine.out_of_memory import MemoryAccount
+from packloop.engine.output_dir import Claim
 from packloop.engine.plan import patch_options
 from packloop.engine.run import Run, prepare_run
 from packloop.engine.run_dir import write_final_weights, write_run_files, write_weights
@@ -131,8 +132,8 @@ def train(
     """
     account = MemoryAccount(config)
     try:
-        with account.explain_exhaustion():
-            return _train(config, resume, on_step, account)
+        with account.explain_exhaustion(), Claim(Path(config.train.output_dir)) as claim:
+            return _train(config, resume, on_step, account, claim)
     except NonFiniteError as error:
         remedy = after_divergence(Path(config.train.output_dir), resume)
         raise NonFiniteError(f"{error}; {remedy}") from error
@@ -142,13 +143,15 @@ def train(
 
 
 def _train(
-    config: RunConfig, resume: str | None, on_step: Callable[[dict], None] | None, account: MemoryAccount
+    config: RunConfig, resume: str | None, on_step: Callable[[dict], None] | None, account: MemoryAccount, claim: Claim
 ) -> TrainResult:
-    run = prepare_run(config, resume, account)
+    run = prepare_run(config, resume, account, claim)
     config, model, state, accelerator = run.config, run.model, run.state, run.accelerator
     if accelerator.is_main_process:
         if run.is_resumed:
             set_newer_aside(run.directory, state.step)
+        run.directory.mkdir(parents=True, exist_ok=True)
+        claim.take()
         write_run_files(run.directory, config, describe_environment(), run.tokenizer)
     if config.log.trackers:
         accelerator.init_trackers("packloop", config={"config": config.model_dump_json()})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import tempfile
 from pathlib import Path
+from types import TracebackType
 
 from packloop.engine.checkpoint import disk_error, num_checkpoints
 from packloop.engine.finished_run import CONFIG_FILE, METRICS_FILE
@@ -27,6 +29,43 @@ _TOKENIZER = (
 _FILES = {*_WRITTEN, *_TOKENIZER, *(f".{name}.tmp" for name in _WRITTEN)}
 _TRACKED, _TRACKERS_FILES = "packloop", ("events.out.tfevents.", "hparams.yml")
 _PROBE = ".packloop-probe-"
+
+
+class Claim:
+    """That a run's directory is written to by one process: a lock on the directory itself, which leaves no file there.
+
+    Where the file system has no such lock, nothing is claimed. The lock ends with the context or the process.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Nothing where the directory does not exist yet, or is this one's already. InputError where it is in use."""
+        if self._descriptor is not None or not self._path.is_dir():
+            return
+        descriptor = os.open(self._path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise InputError(
+                    f"train.output_dir={str(self._path)!r} is in use by another run of packloop; "
+                    "wait for its end, or choose another train.output_dir"
+                ) from None
+            return
+        self._descriptor = descriptor
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a forked process may hold the descriptor, too
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def check_output_dir(path: Path, *, resume: str | None) -> None:

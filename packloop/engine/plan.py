@@ -27,6 +27,9 @@ from packloop.kernels.patch import why_not_fused, why_not_interleaved
 
 logger = logging.getLogger(__name__)
 
+# Settings that are numbers of layers, in the order of a plan's.
+_LAYERED = ("train.gradient_checkpointing", "kernels.dequant_cache", "kernels.keep_inputs")
+
 
 def resolve_auto(
     config: RunConfig, model: nn.Module, loader: PackLoader, accelerator: Accelerator, *, paged_bytes: int = 0
@@ -182,6 +185,9 @@ def _plan(
         "keep_inputs_layers": config.kernels.keep_inputs,
     }
     fixed = {name: count_layers(value, num_layers) for name, value in settings.items() if value != "auto"}
+    for name, value in zip(_LAYERED, settings.values(), strict=True):
+        if isinstance(value, int) and value > num_layers:
+            logger.warning("%s=%d: the model has %d layers, so it is all of them", name, value, num_layers)
     is_fused = config.kernels.layer == "fused"
     if not is_fused or config.model.quantization == "none":
         fixed.setdefault("cached_layers", 0)

@@ -22,7 +22,7 @@ from packloop.engine.checkpoint import Checkpoint, find_checkpoint, restore_rng
 from packloop.engine.model import load_model, load_tokenizer
 from packloop.engine.optim import AdamW, FlatParameters
 from packloop.engine.out_of_memory import MemoryAccount
-from packloop.engine.output_dir import check_output_dir
+from packloop.engine.output_dir import Claim, check_output_dir
 from packloop.engine.plan import finds_tokens, layout_preparation, resolve_auto
 from packloop.engine.planner.layout import arrangement
 from packloop.engine.run_dir import config_for_resume, load_trained_tensors
@@ -53,10 +53,11 @@ class Run:
     is_resumed: bool
 
 
-def prepare_run(config: RunConfig, resume: str | None, account: MemoryAccount) -> Run:
+def prepare_run(config: RunConfig, resume: str | None, account: MemoryAccount, claim: Claim) -> Run:
     """A new run, or one that goes on from a checkpoint: `latest` or a path. Its directory is not written to yet.
 
-    account: told what takes memory, and under which configuration, as it comes to be. Random generators are left as
+    account: told what takes memory, and under which configuration, as it comes to be. claim: of the directory, taken by
+    the main process where the directory exists. Random generators are left as
     the next step has to find them.
     """
     run_dir = Path(config.train.output_dir)
@@ -64,6 +65,8 @@ def prepare_run(config: RunConfig, resume: str | None, account: MemoryAccount) -
     check_trackers(config.log.trackers)
     set_numerics(config)
     accelerator = _make_accelerator(config)
+    if accelerator.is_main_process:
+        claim.take()
     checkpoint = None
     if resume:
         with accelerator.main_process_first():  # which sets damaged checkpoints aside, so that the others find none
@@ -83,6 +86,7 @@ def prepare_run(config: RunConfig, resume: str | None, account: MemoryAccount) -
     vocabulary = find_llama(model).config.vocab_size
     check_rows(data, tokenizer, vocabulary)
     fit_padding(tokenizer, vocabulary)
+    _warn_of_positions(config, data, find_llama(model).config.max_position_embeddings)
     flat = FlatParameters(model)
     optimizer = make_optimizer(config, flat)
     account.model, account.paged_bytes = model, optimizer.paged_bytes
@@ -114,6 +118,20 @@ def prepare_run(config: RunConfig, resume: str | None, account: MemoryAccount) -
         num_steps=num_steps,
         is_resumed=checkpoint is not None,
     )
+
+
+def _warn_of_positions(config: RunConfig, data: TrainingData, num_positions: int) -> None:
+    """Where documents, or under `wrapped` packs, reach beyond the positions that the model was made for."""
+    longest = int(data.train.lengths.max())
+    used = config.data.max_length if config.data.packing == "wrapped" else min(longest, config.data.max_length)
+    if used > num_positions:
+        logger.warning(
+            "data.max_length=%d: positions up to %d are trained on, and the model's config.json has %d "
+            "(max_position_embeddings): those beyond are new to it, and generate refuses them",
+            config.data.max_length,
+            used,
+            num_positions,
+        )
 
 
 def _make_accelerator(config: RunConfig) -> Accelerator:

@@ -247,7 +247,7 @@ def choose_backend(
     if requested != "auto":
         if reasons.get(requested) is not None:
             raise ValueError(f"kernels.attention={requested}: {reasons[requested]}; or use kernels.attention=auto")
-        return requested, "asked for"
+        return requested, "as set"
     if device.type != "cuda":
         return "sdpa", "PyTorch's fused attention, with a document mask where documents are packed"
     usable = [name for name, reason in reasons.items() if reason is None and name != "eager"]
