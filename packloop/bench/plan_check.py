@@ -9,19 +9,17 @@ from typing import Any
 
 import torch
 
+from packloop.bench.cell import load_subject
 from packloop.bench.plan import Forecast
 from packloop.bench.plan_loads import attended_squares, load_from
 from packloop.bench.probe import Probe, probe
-from packloop.bench.synthetic import random_model, shape_config
-from packloop.config import ModelConfig, RunConfig
-from packloop.data.loader import build_data
+from packloop.bench.synthetic import shape_config
+from packloop.config import RunConfig
 from packloop.engine.budget import is_out_of_memory
-from packloop.engine.model import load_base, load_tokenizer
 from packloop.engine.planner.policy import MemoryPlan, count_layers
 from packloop.engine.planner.search import Candidate, Search
 from packloop.engine.planner.shape import ModelShape
 from packloop.engine.planner.time import Load
-from packloop.engine.vocabulary import check_rows, fit_padding
 from packloop.errors import InputError, OutOfMemoryError
 from packloop.gpus import Gpu
 
@@ -107,24 +105,12 @@ def check_at_hand(forecast: Forecast, *, synthetic: str | None) -> Check:
     """
     if not torch.cuda.is_available():
         raise InputError("no GPU at hand: --probe takes two steps on one")
-    best, device = forecast.best[0], torch.device("cuda")
+    best = forecast.best[0]
     config = settle(forecast.config, best, forecast.budget_gib)
-    tokenizer = load_tokenizer(config.model if synthetic is None else ModelConfig(name_or_path="bundled"))
-    data = build_data(config.data, tokenizer, seed=config.train.seed)
-    if synthetic is None:
-        base = load_base(config.model, device, trains=True)
-    else:
-        base = random_model(
-            shape_config(synthetic),
-            quantization=config.model.quantization,
-            device=device,
-            dtype=getattr(torch, config.model.dtype),
-            double_quant=config.model.double_quant,
-        )
-    check_rows(data, tokenizer, base.config.vocab_size)
-    fit_padding(tokenizer, base.config.vocab_size)
+    subject = load_subject(config, synthetic, None)
+    data = subject.data(config)
     try:
-        measured = probe(config, base, data, tokenizer.pad_token_id, timed_steps=2)
+        measured = probe(config, subject.base, data, subject.tokenizer.pad_token_id, timed_steps=2)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -1,4 +1,4 @@
-"""Whether a run may begin in its output directory, asked before anything is loaded."""
+"""Whether a run may begin in its output directory, asked before anything is loaded, and that it is alone there."""
 
 from __future__ import annotations
 

@@ -122,8 +122,7 @@ def prepare_run(config: RunConfig, resume: str | None, account: MemoryAccount, c
 
 def _warn_of_positions(config: RunConfig, data: TrainingData, num_positions: int) -> None:
     """Where documents, or under `wrapped` packs, reach beyond the positions that the model was made for."""
-    longest = int(data.train.lengths.max())
-    used = config.data.max_length if config.data.packing == "wrapped" else min(longest, config.data.max_length)
+    used = config.data.max_length if config.data.packing == "wrapped" else int(data.train.lengths.max())
     if used > num_positions:
         logger.warning(
             "data.max_length=%d: positions up to %d are trained on, and the model's config.json has %d "

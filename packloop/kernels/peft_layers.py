@@ -66,10 +66,7 @@ class AdapterWatch:
         for module, active in self._active:
             if module.merged_adapters or module.active_adapters != active:
                 return False
-        for owner, key, value in self._links:  # noqa: SIM110 - as a loop it is twice as fast
-            if owner.get(key) is not value:
-                return False
-        return True
+        return all(owner.get(key) is value for owner, key, value in self._links)
 
     def _check_states(self) -> None:
         for name, module, before in self._seen:
